@@ -1,0 +1,128 @@
+"""Rewrite the generated tables of README.md from benchmarks/results; `--check` only looks for stale ones.
+
+    python benchmarks/tables.py [--check]
+
+A table stands between `<!-- table: NAME -->` and `<!-- /table -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lamina.errors import ConfigError, DataError, LaminaError, unknown
+from lamina.results.records import Record, read_records
+from lamina.results.tables import aggregate, show, to_markdown
+from lamina.storage import write_whole
+
+ROOT = Path(__file__).resolve().parents[1]
+_BLOCK = re.compile(r"(<!-- table: (?P<name>[^\n]+?) -->\n)(?P<body>.*?)(<!-- /table -->)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a table comes from: a file in the folder of results, and the metrics to show."""
+
+    file: str
+    columns: tuple[str, ...] = ("accuracy", "forgetting")
+
+
+TABLES = {
+    "demo": Source("demo.json"),
+    "tiny-odd-10": Source("tiny-odd-10.json"),
+}
+
+
+def table(records: Sequence[Record], columns: Sequence[str]) -> str:
+    """Return a Markdown table of finished runs, and under it how and where they were measured.
+
+    Raises:
+        DataError: when a run is not finished, or the same run is there twice.
+    """
+    for record in records:
+        if not record.finished:
+            raise DataError(f"{record.method} with seed {record.seed} is not finished; run it to its end")
+    rows = aggregate(records)
+    for row in rows:
+        seeds = [(record.seed, record.order_seed) for record in row.records]
+        twice = next((seed for seed in seeds if seeds.count(seed) > 1), None)
+        if twice:
+            # A repeated seed is no new evidence, yet it would shrink the deviation.
+            raise DataError(f"{row.name} has seed {twice[0]} with order {twice[1]} twice; keep one run")
+    return f"{to_markdown(rows, columns)}\n{caption(records)}\n"
+
+
+def caption(records: Sequence[Record]) -> str:
+    """Return the protocol, backbone, hardware and commit in one line; where runs differ, every value."""
+    names = dict.fromkeys(name for record in records for name in record.protocol)
+    protocol = [
+        f"{name.replace('_', ' ')} {_values(r.protocol[name] for r in records if name in r.protocol)}" for name in names
+    ]
+    backbones = _values(f"`{record.backbone['name']}`" for record in records)
+    commits = _values(f"`{record.commit}`" if record.commit else "unknown" for record in records)
+    said = [
+        f"Mean ± sample standard deviation over n seeds, in percent; {', '.join(protocol)}",
+        f"backbone {backbones}",
+        _values(record.hardware for record in records),
+        f"commit {commits}",
+    ]
+    return "; ".join(said) + "."
+
+
+def rewrite(text: str, results: Path) -> tuple[str, list[str]]:
+    """Return the text with every table made anew, and the names of those that changed.
+
+    Raises:
+        ConfigError: when a block names no table of `TABLES`, or is not closed.
+        DataError: when its file of results is missing or broken.
+    """
+    opened, closed = text.count("<!-- table: "), text.count("<!-- /table -->")
+    if not opened == closed == len(_BLOCK.findall(text)):
+        raise ConfigError(f"each '<!-- table: NAME -->' needs a '<!-- /table -->'; got {opened} and {closed}")
+    changed = []
+
+    def fresh(block: re.Match[str]) -> str:
+        name = block["name"]
+        if name not in TABLES:
+            raise ConfigError(unknown("table", name, TABLES))
+        source = TABLES[name]
+        body = table(read_records(results / source.file), source.columns)
+        if body != block["body"]:
+            changed.append(name)
+        return f"{block[1]}{body}{block[4]}"
+
+    return _BLOCK.sub(fresh, text), changed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Return 0 when all is fresh, 1 when `--check` found a stale table, 2 when one cannot be made."""
+    parser = argparse.ArgumentParser(description="Rewrite the generated tables of README.md.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if one is stale")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    given = parser.parse_args(arguments)
+    try:
+        text = given.readme.read_text(encoding="utf-8")
+        new, changed = rewrite(text, given.results)
+        if changed and not given.check:
+            write_whole(given.readme, new)
+    except (LaminaError, OSError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    for name in changed:
+        said = "is stale; run python benchmarks/tables.py" if given.check else "rewritten"
+        sys.stdout.write(f"{given.readme.name}: table '{name}' {said}\n")
+    return 1 if changed and given.check else 0
+
+
+def _values(values: Iterable[Any]) -> str:
+    return " / ".join(dict.fromkeys(" ".join(show(value).split()) for value in values))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""Choose the settings of the recipes: the same number of tries for every method, never on what is reported.
+
+    python benchmarks/tune.py tiny-even-10 --data DIR
+    python benchmarks/tune.py digits
+
+Tuning for `tiny-odd-10` happens on the other half of the classes, with half the images and fewer passes;
+tuning for `digits` on a quarter of its training images that is held out. Every try and its result goes
+to `benchmarks/results/tuning-STREAM.json`; what is there is not run again. The best try by final accuracy
+is printed last, per method.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lamina.runs import execute, plan
+from lamina.storage import write_whole
+
+ROOT = Path(__file__).resolve().parents[1]
+
+#: what every try of a stream shares
+SHARED: dict[str, dict[str, Any]] = {
+    "tiny-even-10": {"stream": {"per_class": 25, "test_per_class": 25}, "settings": {"epochs": 5, "batch_size": 32}},
+    "digits": {"stream": {"holdout": 0.25}, "settings": {"epochs": 8, "batch_size": 32}},
+}
+
+#: four tries a method; the first is always the paper's
+RATES = [
+    {"lr": 0.01, "temperature": 28.0},
+    {"lr": 0.003, "temperature": 28.0},
+    {"lr": 0.01, "temperature": 5.0},
+    {"lr": 0.003, "temperature": 5.0},
+]
+TRIES: dict[str, list[dict[str, Any]]] = {
+    "vpt-deep": RATES,
+    "joint": RATES,
+    "vpt-nsp2": [
+        {"lr": 0.01, "temperature": 28.0, "knee": "paper"},
+        {"lr": 0.01, "temperature": 28.0, "knee": "code"},
+        {"lr": 0.003, "temperature": 28.0, "knee": "code"},
+        {"lr": 0.01, "temperature": 5.0, "knee": "code"},
+    ],
+    "linear-probe": RATES,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stream", choices=sorted(SHARED))
+    parser.add_argument("--methods", nargs="+", default=sorted(TRIES))
+    parser.add_argument("--data", type=Path)
+    given = parser.parse_args()
+    path = ROOT / "benchmarks" / "results" / f"tuning-{given.stream}.json"
+    shared = SHARED[given.stream]
+    for number in range(max(map(len, TRIES.values()))):
+        for method in given.methods:
+            if number >= len(TRIES[method]):
+                continue
+            settings = {**shared["settings"], **TRIES[method][number]}
+            if any(row["method"] == method and row["settings"] == settings for row in tries(path)):
+                continue
+            overrides = {"stream": shared["stream"], **settings}
+            run, _ = plan(method, given.stream, recipe=False, overrides=overrides)
+            with tempfile.TemporaryDirectory() as folder:
+                record = execute(run, Path(folder) / "run", data=given.data)
+            keep = ("accuracy", "forgetting", "average_accuracy", "accuracy_task_aware")
+            row = {"method": method, "settings": settings, "metrics": {name: record.metrics[name] for name in keep}}
+            row["seconds"] = round(sum(map(sum, record.seconds.values())), 1)
+            print(row, flush=True)
+            facts = {"stream": given.stream, "changes": shared["stream"], "backbone": record.backbone}
+            facts |= {"hardware": record.hardware, "commit": record.commit}
+            write_whole(path, json.dumps({**facts, "tries": [*tries(path), row]}, indent=1) + "\n")
+    for method in given.methods:
+        rows = [row for row in tries(path) if row["method"] == method]
+        print("best", max(rows, key=lambda row: row["metrics"]["accuracy"]))
+
+
+def tries(path: Path) -> list[dict[str, Any]]:
+    """Return the tries that a file of results holds."""
+    return json.loads(path.read_text())["tries"] if path.exists() else []
+
+
+if __name__ == "__main__":
+    main()

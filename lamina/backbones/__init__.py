@@ -1,0 +1,1 @@
+"""Frozen towers and the one forward pass."""

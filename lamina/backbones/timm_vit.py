@@ -1,0 +1,159 @@
+"""Vision transformers from timm."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import timm
+import torch
+from timm.layers import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lamina.backbones.packed import FrozenLinear, linear
+from lamina.backbones.tower import BlockView, Tower
+from lamina.errors import UnsupportedBackbone
+
+
+class _TimmBlock:
+    """Answers for a plain pre-norm block of timm."""
+
+    def __init__(self, block: Block) -> None:
+        attention: Any = block.attn
+        self.block: Any = block
+        self.attention = attention
+        self.heads: int = attention.num_heads
+        self.inner: int = attention.qkv.out_features // 3
+
+    @property
+    def key_weight(self) -> Tensor | None:
+        if not isinstance(self.attention.k_norm, nn.Identity):
+            return None
+        return self.attention.qkv.weight.chunk(3)[1]
+
+    def norm(self, x: Tensor) -> Tensor:
+        return _norm(self.block.norm1, x)
+
+    def project(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self._heads(self.attention.qkv(h), 3).unbind(0)
+        return self.attention.q_norm(q), self.attention.k_norm(k), v
+
+    def queries(self, h: Tensor) -> Tensor:
+        return self.attention.q_norm(self._heads(self._part(h, slice(0, self.inner)), 1)[0])
+
+    def keys_values(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = self._heads(self._part(h, slice(self.inner, None)), 2).unbind(0)
+        return self.attention.k_norm(k), v
+
+    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        a = self.attention
+        x = x + self.block.ls1(a.proj(a.norm(mixed.transpose(1, 2).flatten(2))))
+        return x + self.block.ls2(self.block.mlp(_norm(self.block.norm2, x)))
+
+    def _part(self, h: Tensor, rows: slice) -> Tensor:
+        """Apply some rows of the joint projection; a frozen layer's slices cost no copy."""
+        layer = self.attention.qkv
+        bias = None if layer.bias is None else layer.bias[rows]
+        return linear(h.to(layer.weight.dtype), layer.weight[rows], bias)
+
+    def _heads(self, x: Tensor, parts: int) -> Tensor:
+        """(B, n, parts * D) to (parts, B, H, n, d)."""
+        return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4)
+
+
+class TimmTower(Tower):
+    """A timm `VisionTransformer` with plain pre-norm blocks, frozen.
+
+    Args:
+        model: with its weights loaded; taken over, not copied.
+        dtype: of the frozen weights and of what flows between blocks. Prompts, heads and losses stay
+            in float32 whatever it is.
+
+    Raises:
+        UnsupportedBackbone: when a block is not of a type that `BlockView`s exist for.
+    """
+
+    def __init__(self, model: VisionTransformer, *, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        _check(model)
+        self.width, self.depth, self.features = model.embed_dim, len(model.blocks), model.num_features
+        self.fingerprint = fingerprint(model)
+        if type(model).forward_head is VisionTransformer.forward_head and model.global_pool == "token":
+            self.readout = slice(0, 1)
+        self.dtype = dtype
+        self.model = model.to(dtype)
+        blocks: Any = model.blocks
+        for block in blocks:
+            _use_frozen_layers(block)
+        self._views: list[BlockView] = [_TimmBlock(block) for block in blocks]
+        self.freeze()
+
+    @classmethod
+    def create(cls, name: str, *, dtype: torch.dtype = torch.float32, **arguments: Any) -> TimmTower:
+        """Make a tower from a timm name and `timm.create_model`'s arguments."""
+        model: Any = timm.create_model(name, **{"num_classes": 0, **arguments})
+        return cls(model, dtype=dtype)
+
+    def blocks(self) -> list[BlockView]:
+        return self._views
+
+    def embed(self, inputs: Tensor) -> tuple[Tensor, None]:
+        m = self.model
+        return m.norm_pre(m.patch_drop(m._pos_embed(m.patch_embed(inputs.to(self.dtype))))), None
+
+    def pre_norm(self, x: Tensor) -> Tensor:
+        return _norm(self.model.norm_pre, x)
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        return _norm(self.model.norm, x)
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        return self.model.forward_head(self.final_norm(tokens), pre_logits=True)
+
+
+def _use_frozen_layers(block: Block) -> None:
+    """Replace a block's linear layers; of the joint projection, single rows stay in use."""
+    for module in list(block.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Linear:
+                setattr(module, name, FrozenLinear(child, keep=name == "qkv"))
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a hash of every parameter and buffer of a model: 16 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _norm(layer: nn.Module, x: Tensor) -> Tensor:
+    """Normalise in the dtype of `x`: prompts that come in float32 are normalised in float32."""
+    if isinstance(layer, nn.LayerNorm) and layer.weight is not None and layer.weight.dtype != x.dtype:
+        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        return F.layer_norm(x, layer.normalized_shape, layer.weight.to(x.dtype), bias, layer.eps)
+    return layer(x)
+
+
+def _check(model: nn.Module) -> None:
+    """Refuse a model whose forward pass is not the one that `TimmTower` and `_TimmBlock` walk through."""
+    for i, block in enumerate(getattr(model, "blocks", ())):
+        attention = getattr(block, "attn", None)
+        if type(block) is not Block or type(attention) is not Attention or attention.gate is not None:
+            raise UnsupportedBackbone(
+                f"block {i} of {type(model).__name__} is a {_full(block)} with {_full(attention)}; lamina can prompt "
+                "timm.models.vision_transformer.Block with timm.layers.attention.Attention. To add a block type, "
+                "write a BlockView for it in lamina/backbones/timm_vit.py."
+            )
+    if not isinstance(model, VisionTransformer):
+        raise UnsupportedBackbone(
+            f"the model is a {_full(model)}; of timm's models, lamina can prompt VisionTransformer and what inherits "
+            "from it. To add a kind of model, write a Tower for it in lamina/backbones."
+        )
+
+
+def _full(thing: object) -> str:
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"

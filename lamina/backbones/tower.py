@@ -1,0 +1,276 @@
+"""The one forward pass: a frozen transformer, with places where prompts may enter.
+
+The alphabet of shapes, the same letters everywhere in lamina:
+
+    B  images (class descriptions, in a text tower)    H, d  heads, width of one: d = D / H
+    N  tokens of the frozen sequence                   L     blocks
+    M  prompt tokens                                   F     features after pooling
+    D  width                                           C, S, T  classes met, samples drawn, tasks
+
+A *column* is a class's place in the head, in order of arrival. An accuracy is a fraction in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lamina.backbones.attention import attend, attention_weights
+
+
+@dataclass(frozen=True)
+class Splice:
+    """What a prompt module asks of one block.
+
+    Attributes:
+        tokens: (B, M, D). Contents of the prompt slots on entry to this block. They travel with the
+            sequence and come back at the next block as `carried`.
+        context: (M, D), one for the whole batch, or (B, M, D). Tokens that this block may look at and
+            that leave no trace: they are normalised and projected to keys and values, never to
+            queries. A context of the whole batch is projected once, whatever the number of images.
+        context_normed: the context is already in the space after the block's first norm; leave it so.
+        prefix: two (M, D) or (B, M, D). Rows appended to the keys and values after their projection.
+        temperature: () or (H, 1, 1). Divides the attention logits.
+        frozen_only: hide `context` and `prefix` from the prompt slots.
+    """
+
+    tokens: Tensor | None = None
+    context: Tensor | None = None
+    context_normed: bool = False
+    prefix: tuple[Tensor, Tensor] | None = None
+    temperature: Tensor | None = None
+    frozen_only: bool = False
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a tap sees of one block.
+
+    Attributes:
+        layer: index of the block, from 0.
+        inputs: (B, N, D). The frozen sequence on entry, without prompts.
+        queries: (B, H, N, d). Queries of the frozen sequence, bias included, not yet scaled by d.
+        to_prompts: (B, H, N, M). Attention weights from the frozen sequence to the prompts.
+        key_weight: (D, D). Rows are output channels, in head order; None where keys are normalised after
+            their projection, so that a key is not a product with one weight.
+    """
+
+    layer: int
+    inputs: Tensor
+    queries: Tensor
+    to_prompts: Tensor
+    key_weight: Tensor | None
+
+
+Tap = Callable[[Probe], None]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What comes out of a tower.
+
+    Attributes:
+        features: (B, F), float32.
+        tokens: (B, N, D) after the last block, or None when only the features were asked for.
+        prompts: (B, M, D). What became of the prompt slots, after the final norm; None without slots.
+    """
+
+    features: Tensor
+    tokens: Tensor | None = None
+    prompts: Tensor | None = None
+
+
+class PromptPass:
+    """One forward pass's worth of prompts; made by `PromptModule.start`, thrown away after use.
+
+    Whatever belongs to one batch (the query, the chosen prompts, a recurrent state, loss terms) lives
+    here and never on the module, so that a module can be used twice in one step.
+
+    Attributes:
+        terms: loss terms that this pass gave rise to, by name.
+    """
+
+    def __init__(self) -> None:
+        self.terms: dict[str, Tensor] = {}
+
+    def at(self, layer: int, tokens: Tensor, carried: Tensor | None) -> Splice | None:
+        """Return what to splice into block `layer`, or None.
+
+        Args:
+            layer: index of the block, from 0.
+            tokens: (B, N, D). The frozen sequence on entry to the block.
+            carried: (B, M, D). What the last block made of the prompt slots; None if there are none.
+        """
+        raise NotImplementedError
+
+
+class BlockView(Protocol):
+    """The few questions that the engine asks of a frozen block; one small class per family answers.
+
+    Sequences are (B, n, D) for any n; queries, keys and values are (B, H, n, d).
+    """
+
+    @property
+    def heads(self) -> int: ...
+    @property
+    def key_weight(self) -> Tensor | None: ...
+    def norm(self, x: Tensor) -> Tensor: ...
+    def project(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
+    def queries(self, h: Tensor) -> Tensor: ...
+    def keys_values(self, h: Tensor) -> tuple[Tensor, Tensor]: ...
+    def finish(self, x: Tensor, mixed: Tensor) -> Tensor: ...
+
+
+class Tower(nn.Module):
+    """A frozen transformer. Subclasses say how to embed, which blocks there are and how to pool.
+
+    Attributes:
+        width: D.
+        depth: L.
+        features: F.
+        fingerprint: a hash of the weights; in checkpoints and in keys of caches.
+        readout: the rows of the frozen sequence that `pool` reads; None when it may read all of them.
+        slots: where prompt slots sit: None = appended, a slice = inside the sequence (text towers).
+    """
+
+    width: int
+    depth: int
+    features: int
+    fingerprint: str
+    readout: slice | None = None
+    slots: slice | None = None
+
+    def embed(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the sequence (B, N, D) that enters block 0 and an additive mask (N, N) or None."""
+        raise NotImplementedError
+
+    def blocks(self) -> list[BlockView]:
+        """Return a view of each block, first to last."""
+        raise NotImplementedError
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """Reduce the final sequence, or its `readout` rows, to features (B, F)."""
+        raise NotImplementedError
+
+    def pre_norm(self, x: Tensor) -> Tensor:
+        """Do what the tower does to tokens before block 0; for prompts that enter before it."""
+        return x
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        """Do what the tower does to tokens after the last block, before it pools them."""
+        raise NotImplementedError
+
+    def freeze(self) -> None:
+        """Take every parameter out of training, for good."""
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Tower:
+        """Stay in evaluation mode: a frozen tower has no training behaviour."""
+        return super().train(False)
+
+    def forward(
+        self,
+        inputs: Tensor,
+        prompts: PromptPass | None = None,
+        tap: Tap | None = None,
+        *,
+        all_rows: bool = False,
+    ) -> Encoded:
+        """Encode a batch; without prompts this is the vendor's frozen model, up to rounding.
+
+        Args:
+            inputs: what `embed` takes; (B, 3, height, width) for images.
+            prompts: asked before every block what to splice in.
+            tap: called with a `Probe` of every block.
+            all_rows: also return the final tokens. Otherwise, where the features read only a few rows
+                and no prompt slots travel along, the last block computes those rows alone.
+        """
+        x, mask = self.embed(inputs)
+        frozen, carried = x, None
+        for layer, block in enumerate(self.blocks()):
+            splice = (prompts.at(layer, frozen, carried) if prompts is not None else None) or Splice()
+            tokens = splice.tokens if splice.tokens is not None else carried
+            last = layer == self.depth - 1 and not all_rows and tokens is None
+            x = self._join(frozen, tokens)
+            x = _block(block, x, splice, mask, tap, layer, frozen, rows=self.readout if last else None)
+            frozen, carried = self._split(x, tokens)
+        tail = self.final_norm(carried) if carried is not None and self.slots is None else None
+        return Encoded(self.pool(frozen).float(), frozen if all_rows else None, tail)
+
+    def _join(self, frozen: Tensor, tokens: Tensor | None) -> Tensor:
+        if tokens is None:
+            return frozen
+        tokens = tokens.to(frozen.dtype)
+        if self.slots is None:
+            return torch.cat([frozen, tokens], dim=1)
+        return torch.cat([frozen[:, : self.slots.start], tokens, frozen[:, self.slots.stop :]], dim=1)
+
+    def _split(self, x: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if tokens is None:
+            return x, None
+        if self.slots is None:
+            cut = x.shape[1] - tokens.shape[1]
+            return x[:, :cut], x[:, cut:]
+        return x, x[:, self.slots]
+
+
+def _block(
+    block: BlockView,
+    x: Tensor,
+    splice: Splice,
+    mask: Tensor | None,
+    tap: Tap | None,
+    layer: int,
+    frozen: Tensor,
+    rows: slice | None,
+) -> Tensor:
+    """Run one block with whatever is spliced into it: the only attention in lamina.
+
+    Returns:
+        The sequence after the block, (B, N + slots, D); of its `rows` alone if they are given.
+    """
+    h = block.norm(x)
+    if rows is not None and tap is None:
+        q, (k, v) = block.queries(h[:, rows]), block.keys_values(h)
+    else:
+        q, k, v = block.project(h)
+    k, v = _with_extra_rows(block, k, v, splice)
+    extra = k.shape[2] - x.shape[1]
+    if mask is not None:
+        mask = F.pad(mask, (0, extra))
+    if splice.frozen_only and extra:
+        mask = x.new_zeros(x.shape[1], k.shape[2]) if mask is None else mask.clone()
+        mask[frozen.shape[1] :, -extra:] = float("-inf")
+    if mask is not None and rows is not None and tap is None:
+        mask = mask[rows]
+    if splice.temperature is not None:
+        q = q / splice.temperature.to(q.dtype)
+    if tap is None:
+        mixed = attend(q, k, v, mask)
+    else:
+        weights = attention_weights(q, k, mask)
+        n = frozen.shape[1]
+        tap(Probe(layer, frozen, q[:, :, :n], weights[:, :, :n, n:], block.key_weight))
+        mixed = (weights if rows is None else weights[:, :, rows]) @ v
+    return block.finish(x if rows is None else x[:, rows], mixed)
+
+
+def _with_extra_rows(block: BlockView, k: Tensor, v: Tensor, splice: Splice) -> tuple[Tensor, Tensor]:
+    """Append the keys and values of context and prefix to k and v (B, H, N, d)."""
+    keys, values = [k], [v]
+    if splice.context is not None and splice.context.shape[-2]:
+        context = splice.context if splice.context.ndim == 3 else splice.context[None]
+        extra = block.keys_values(context if splice.context_normed else block.norm(context))
+        keys.append(extra[0].to(k.dtype).expand(len(k), -1, -1, -1))
+        values.append(extra[1].to(v.dtype).expand(len(v), -1, -1, -1))
+    if splice.prefix is not None:
+        for place, prefix in zip((keys, values), splice.prefix, strict=True):
+            heads = prefix.unflatten(-1, (block.heads, -1)).transpose(-3, -2)
+            place.append(heads.to(k.dtype).expand(len(k), -1, -1, -1))
+    return (k, v) if len(keys) == 1 else (torch.cat(keys, dim=2), torch.cat(values, dim=2))

@@ -1,0 +1,128 @@
+"""What there is: methods, streams, backbones and recipes, and what this machine has for them."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+from lamina.config import read_toml
+from lamina.registry import method_class, method_names
+
+
+def rows(kind: str) -> list[dict[str, Any]]:
+    """Return a row for each method, stream, backbone or recipe, with its name and what it is."""
+    return {"methods": _methods, "streams": _streams, "backbones": _backbones, "recipes": _recipes}[kind]()
+
+
+def about(method: str) -> dict[str, Any]:
+    """Return a method's description and references, and a row for each of its settings.
+
+    Raises:
+        ConfigError: when nobody knows the method.
+    """
+    kind = method_class(method)
+    settings = [
+        {
+            "setting": name,
+            "default": field.default,
+            "limits": _limits(field),
+            "meaning": field.description or "",
+        }
+        for name, field in kind.model_fields.items()
+    ]
+    return {"method": method, "text": _module_text(kind), "settings": settings}
+
+
+def health(data: Path | None) -> dict[str, Any]:
+    """Return versions, devices, folders, and which data sets and backbones were found."""
+    import torch
+
+    from lamina.data.cache import cache_root
+    from lamina.data.sources import data_root, find_sets
+    from lamina.runs import hardware, versions
+    from lamina.training.launch import tower_dtype
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {
+        **versions(),
+        "device": hardware(device),
+        "precision": str(tower_dtype("auto", device)).removeprefix("torch."),
+        "data": str(data_root(data)),
+        "cache": str(cache_root()),
+        "data sets": [
+            {"name": name, "found": "yes" if path else "no", "where": str(path) if path else what}
+            for name, path, what in find_sets(data)
+        ],
+        "backbones": _backbones(),
+    }
+
+
+def _methods() -> list[dict[str, Any]]:
+    return [{"method": name, "what it is": _module_text(method_class(name)).splitlines()[0]} for name in method_names()]
+
+
+def _streams() -> list[dict[str, Any]]:
+    from lamina.data.streams import STREAMS
+
+    return [{"stream": name, "what it is": row.description} for name, row in STREAMS.items()]
+
+
+def _backbones() -> list[dict[str, Any]]:
+    from lamina.backbones.load import BUNDLED, bundled_names
+
+    ours = [
+        {
+            "backbone": name,
+            "what it is": (BUNDLED / f"{name.partition(':')[2]}.md").read_text().splitlines()[2],
+        }
+        for name in bundled_names()
+    ]
+    return [
+        *ours,
+        {
+            "backbone": "timm:NAME.TAG",
+            "what it is": "a vision transformer of timm with its published weights",
+        },
+        {"backbone": "timm:NAME@PATH", "what it is": "the same architecture with weights from a local file"},
+        {
+            "backbone": "timm:NAME@random",
+            "what it is": "the same architecture untrained, for measuring speed",
+        },
+    ]
+
+
+def _recipes() -> list[dict[str, Any]]:
+    from lamina.runs import RECIPES
+
+    found = []
+    for path in sorted(RECIPES.rglob("*.toml")):
+        recipe = read_toml(path)
+        found.append(
+            {
+                "recipe": f"{path.parent.name}/{path.stem}",
+                "backbone": recipe.get("backbone", "lamina:vit-nano"),
+                "what it is": path.read_text().splitlines()[0].lstrip("# "),
+                "ran": "not yet" if "ours: not yet run" in path.read_text() else "yes",
+            }
+        )
+    return found
+
+
+def _module_text(kind: type) -> str:
+    return inspect.cleandoc(importlib.import_module(kind.__module__).__doc__ or "")
+
+
+def _limits(field: Any) -> str:
+    """Return the limits of a setting as people write them: "3 or more", "0 to 1"."""
+    bounds = {
+        name: getattr(mark, name) for mark in field.metadata for name in ("ge", "gt", "le", "lt") if hasattr(mark, name)
+    }
+    if "ge" in bounds and "le" in bounds:
+        return f"{bounds['ge']} to {bounds['le']}"
+    words = {"ge": "{} or more", "gt": "above {}", "le": "{} or less", "lt": "below {}"}
+    if bounds:
+        return ", ".join(words[name].format(value) for name, value in bounds.items())
+    options = getattr(field.annotation, "__args__", None)
+    return " or ".join(map(str, options)) if options else ""

@@ -1,0 +1,1 @@
+"""Tasks in order: streams, the images they are made of, and the batches they come in."""

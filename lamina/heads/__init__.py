@@ -1,0 +1,1 @@
+"""Features to scores over the classes met so far."""

@@ -1,0 +1,1 @@
+"""One file each; nothing here but settings and composition."""

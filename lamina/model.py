@@ -1,0 +1,98 @@
+"""A frozen tower, its prompts and a head, and what goes in and out of them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lamina.backbones.tower import Encoded, PromptPass, Tap, Tower
+from lamina.data.stream import Task
+from lamina.heads.base import Head
+from lamina.prompts.base import PromptModule
+
+
+class Batch(NamedTuple):
+    """What a loader yields and a model takes.
+
+    Attributes:
+        images: (B, 3, height, width), float32; None when `features` stand in for them.
+        labels: (B,), columns of the head; None when they are not known.
+        query: (B, F), cached features of the frozen model, for prompts that ask for them.
+        features: (B, F), cached features, for models without prompts.
+    """
+
+    images: Tensor | None
+    labels: Tensor | None = None
+    query: Tensor | None = None
+    features: Tensor | None = None
+
+    @property
+    def targets(self) -> Tensor:
+        """The labels (B,), where they must be known."""
+        if self.labels is None:
+            raise ValueError("this batch has no labels")
+        return self.labels
+
+
+class Output(NamedTuple):
+    """Logits (B, C) or (S, B, C), and weighted extra losses by name.
+
+    A tuple, not a dataclass: Fabric and DDP walk what a module returns, and Fabric refuses frozen
+    dataclasses.
+    """
+
+    logits: Tensor
+    terms: dict[str, Tensor]
+
+
+class PromptedModel(nn.Module):
+    """A frozen tower, its prompts and a head. The only module that DDP ever wraps."""
+
+    def __init__(self, tower: Tower, prompts: PromptModule | None, head: Head) -> None:
+        super().__init__()
+        self.tower, self.prompts, self.head = tower, prompts, head
+
+    def begin_task(self, task: Task) -> None:
+        """Let prompts and head grow for a task; called once per task, in order."""
+        if self.prompts is not None:
+            self.prompts.begin_task(task.index)
+        self.head.begin_task(task.index, task.classes)
+
+    def learned(self) -> dict[str, Tensor]:
+        """Return everything that is not the frozen tower, by name."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("tower.")}
+
+    def look(
+        self, batch: Batch, *, task: int | None = None, tap: Tap | None = None
+    ) -> tuple[Encoded, PromptPass | None]:
+        """Encode a batch with its prompts; return the encoding and the pass that made it."""
+        if batch.images is None:
+            raise ValueError("a batch without images cannot be encoded; it holds cached features")
+        if self.prompts is None:
+            return self.tower(batch.images, tap=tap), None
+        query = batch.query
+        if query is None and self.prompts.query == "frozen":
+            with torch.no_grad():
+                query = self.tower(batch.images).features
+        started = self.prompts.start(query, task)
+        return self.tower(batch.images, started, tap), started
+
+    def features(
+        self, batch: Batch, *, task: int | None = None, tap: Tap | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return what the head reads, (B, F) float32, and the prompts' loss terms."""
+        if batch.features is not None and tap is None:
+            return batch.features, {}
+        encoded, started = self.look(batch, task=task, tap=tap)
+        terms = started.terms if started is not None else {}
+        if self.prompts is not None and self.prompts.readout == "prompts" and encoded.prompts is not None:
+            return encoded.prompts.float().mean(1), terms
+        return encoded.features, terms
+
+    def forward(self, batch: Batch, task: int | None = None) -> Output:
+        """Score a batch; `task` is the true task in training, None in evaluation."""
+        features, terms = self.features(batch, task=task)
+        scores = self.head(features, batch.labels)
+        return Output(scores.logits, {**terms, **scores.terms})

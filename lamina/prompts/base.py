@@ -1,0 +1,48 @@
+"""What every prompt module is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from torch import Tensor, nn
+
+from lamina.backbones.tower import PromptPass, Splice
+
+
+class PromptModule(nn.Module):
+    """Learned prompts of one tower.
+
+    A subclass holds parameters, and makes a `PromptPass` for every forward pass. It may grow at the
+    start of a task; it never keeps anything that belongs to one batch.
+
+    Attributes:
+        query: "frozen" when `start` needs the features (B, F) of the same images without prompts.
+        readout: "prompts" when the head reads the mean of the final prompt tokens, not the features.
+    """
+
+    query: Literal["none", "frozen"] = "none"
+    readout: Literal["backbone", "prompts"] = "backbone"
+
+    def begin_task(self, index: int) -> None:
+        """Grow or freeze what task `index` (from 0) needs; called before the optimizer is made."""
+
+    def start(self, query: Tensor | None = None, task: int | None = None) -> PromptPass:
+        """Begin one forward pass.
+
+        Args:
+            query: (B, F). Features of the frozen model; None unless `self.query` is "frozen".
+            task: the true task, in training; None in evaluation, where it is not known.
+        """
+        raise NotImplementedError
+
+
+class Scripted(PromptPass):
+    """A pass whose splice at each block is given by one function of (layer, tokens, carried)."""
+
+    def __init__(self, script: Callable[[int, Tensor, Tensor | None], Splice | None]) -> None:
+        super().__init__()
+        self.script = script
+
+    def at(self, layer: int, tokens: Tensor, carried: Tensor | None) -> Splice | None:
+        return self.script(layer, tokens, carried)

@@ -1,0 +1,1 @@
+"""What keeps old knowledge in place."""

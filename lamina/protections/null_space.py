@@ -1,0 +1,118 @@
+"""Prompt steps in the null space of what old tasks' images look at (NSP²)."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lamina.backbones.tower import Probe, Tower
+from lamina.errors import UnsupportedBackbone
+from lamina.lookback import Reduce
+from lamina.prompts.deep import DeepPrompts
+from lamina.protections.base import Protection
+from lamina.protections.projection import Projection, projected_steps
+from lamina.protections.spectrum import Knee, free_directions
+
+
+class NullSpace(Protection):
+    """Keeps a prompt's influence on old images: through the keys it offers and the values it adds.
+
+    For old images with queries Q and attention S to the prompts, a step dP of the prompts changes
+    nothing to first order when `Q Wk dPᵀ = 0` (keys) and `S dP = 0` (values). Two sums over images per
+    block hold all that is needed of them:
+
+    - `queries` (H, d, d), the Gram of each head's queries. With the frozen key weights it expands to
+      the second moment (D, D) of the rows of `Q Wk`, which gives the projection on the right;
+    - `attention` (M, M), the second moment of the rows of S: gives the projection on the left.
+
+    Args:
+        tower: whose key weights expand the Grams.
+        prompts: the prompts to protect.
+        eta: 0 lets every step through, 1 projects it fully.
+        knee: which rule says how many directions are free.
+
+    References:
+        Lu et al., Visual Prompt Tuning in Null Space for Continual Learning, NeurIPS 2024, section 4
+        and algorithm 2.
+    """
+
+    looks_at = "probes"
+
+    def __init__(self, tower: Tower, prompts: DeepPrompts, *, eta: float, knee: Knee) -> None:
+        self.tower, self.prompts, self.eta, self.knee = tower, prompts, eta, knee
+        self.queries: dict[int, Tensor] = {}
+        self.attention: dict[int, Tensor] = {}
+
+    def guard(self, optimizer: Optimizer) -> AbstractContextManager[Any]:
+        return projected_steps(optimizer, self.projections())
+
+    def projections(self) -> dict[nn.Parameter, Projection]:
+        """Return the projection of each protected prompt; empty before the first task is over."""
+        return {
+            self.prompts.value(i): Projection(
+                left=self._blend(self.attention[i]).to(self.prompts.value(i)),
+                right=self._blend(self.channels(i)).to(self.prompts.value(i)),
+            )
+            for i in self.queries
+        }
+
+    def channels(self, layer: int) -> Tensor:
+        """Return the second moment (D, D), float64, of `Q Wk` over all old images at one block.
+
+        Raises:
+            UnsupportedBackbone: when the block normalises its keys.
+        """
+        queries = self.queries[layer]
+        weight = self.tower.blocks()[layer].key_weight
+        if weight is None:
+            raise UnsupportedBackbone(
+                f"block {layer} normalises its keys, so no weight says what queries see of a prompt; a null space "
+                "cannot protect prompts of this backbone. Take a method without it; see `lamina list methods`."
+            )
+        keys = weight.double().unflatten(0, (len(queries), -1)).to(queries.device)  # (H, d, D)
+        return (keys.mT @ queries @ keys).sum(0)
+
+    def _blend(self, second_moment: Tensor) -> Tensor:
+        """Mix the projector on the free directions, at unit Frobenius norm, with the identity."""
+        free = free_directions(second_moment, self.knee)
+        identity = torch.eye(len(free), dtype=free.dtype, device=free.device)
+        return self.eta * (free @ free.T) / free.shape[1] ** 0.5 + (1 - self.eta) * identity
+
+    def begin_look(self) -> None:
+        self._draft: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def see(self, probe: Probe) -> None:
+        if probe.layer not in self.prompts.layers:
+            return
+        s = probe.to_prompts.float().flatten(0, 2)  # (B * H * N, M)
+        sums = _grams(probe.queries), (s.mT @ s).double()
+        if probe.layer in self._draft:
+            sums = self._draft[probe.layer][0] + sums[0], self._draft[probe.layer][1] + sums[1]
+        self._draft[probe.layer] = sums
+
+    def end_look(self, reduce: Reduce) -> None:
+        for i, (queries, attention) in self._draft.items():
+            self.queries[i] = self.queries.get(i, 0) + reduce(queries)
+            self.attention[i] = self.attention.get(i, 0) + reduce(attention)
+        self._draft = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"queries": self.queries, "attention": self.attention}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        device = self.prompts.value(self.prompts.layers[0]).device
+        self.queries = {i: sums.to(device) for i, sums in state["queries"].items()}
+        self.attention = {i: sums.to(device) for i, sums in state["attention"].items()}
+
+
+def _grams(queries: Tensor) -> Tensor:
+    """Return the Gram of each head's queries (B, H, N, d), summed over images: (H, d, d), float64."""
+    if queries.dtype == torch.float32:
+        rows = queries.transpose(0, 1).flatten(1, 2)  # one product a head is faster than one an image
+        return (rows.mT @ rows).double()
+    # The tower has rounded the queries already; an image's Gram in its precision adds a tenth of that error.
+    return (queries.mT @ queries).float().sum(0).double()

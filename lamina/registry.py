@@ -1,0 +1,40 @@
+"""Names of methods, resolved without importing any of them."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from lamina.errors import ConfigError, unknown
+
+#: name -> "module:Class". Written out, so that a reader can grep it and `--help` need not import torch.
+METHODS: dict[str, str] = {
+    "joint": "lamina.methods.joint:Joint",
+    "linear-probe": "lamina.methods.linear_probe:LinearProbe",
+    "nearest-mean": "lamina.methods.nearest_mean:NearestMean",
+    "vpt-deep": "lamina.methods.vpt_deep:VPTDeep",
+    "vpt-nsp2": "lamina.methods.vpt_nsp2:VPTNSP2",
+}
+
+
+def method_names() -> list[str]:
+    """Return every known method, plug-ins of the entry-point group `lamina.methods` included."""
+    return sorted(_table())
+
+
+def method_class(name: str) -> Any:
+    """Import and return the settings class of the method called `name`.
+
+    Raises:
+        ConfigError: when nobody knows the name.
+    """
+    table = _table()
+    if name not in table:
+        raise ConfigError(unknown("method", name, table))
+    module, _, attribute = table[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def _table() -> dict[str, str]:
+    return METHODS | {point.name: point.value for point in entry_points(group="lamina.methods")}

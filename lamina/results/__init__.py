@@ -1,0 +1,1 @@
+"""Numbers and pages: metrics, records, tables and reports."""

@@ -1,0 +1,327 @@
+"""One HTML page about some runs. It opens without a network and holds no script.
+
+Runs are compared only where that is fair: each stream and backbone has a section of its own, and protocols
+that differ inside a section are set out above its numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from lamina.errors import DataError
+from lamina.results.figures import accuracy_curve, accuracy_matrix, forgetting_by_task, minus
+from lamina.results.records import PHASES, Record
+from lamina.results.style import STYLE
+from lamina.results.tables import Row, aggregate, flatten, percent, show
+from lamina.storage import write_whole
+
+_HEADLINE = {
+    "accuracy": "Accuracy",
+    "forgetting": "Forgetting",
+    "average_accuracy": "Average accuracy",
+    "bwt": "Backward transfer",
+    "accuracy_task_aware": "Task-aware accuracy",
+}
+#: a page that may fetch nothing and run nothing, whatever a class name holds
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def write_report(records: Sequence[Record], path: Path) -> None:
+    """Write the page, whole or not at all.
+
+    Raises:
+        DataError: when there are no records.
+        StorageError: when it could not be written; an older page is still there.
+    """
+    write_whole(Path(path), report(records))
+
+
+def report(records: Sequence[Record]) -> str:
+    """Return the page as text.
+
+    Raises:
+        DataError: when there are no records.
+    """
+    if not records:
+        raise DataError("a report needs at least one run; got none")
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        alike = [record.stream, record.backbone["fingerprint"]]
+        groups.setdefault(json.dumps(alike), []).append(record)
+    title = _title(records)
+    links = [f'<li><a href="#{_anchor(i)}">{_group_name(g)}</a></li>' for i, g in enumerate(groups.values())]
+    contents = f"<nav><ul>{''.join(links)}</ul></nav>" if len(groups) > 1 else ""
+    sections = "".join(_section(index, group) for index, group in enumerate(groups.values()))
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        f"<title>{title}</title>\n<style>\n{STYLE}\n</style>\n</head>\n<body>\n<main>\n"
+        f'<header><p class="eyebrow">{_counted(len(records), "run")} of continual learning</p>'
+        f"<h1>{title}</h1>{contents}</header>\n{sections}\n"
+        f"<footer>{_made_with(records)}</footer>\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _title(records: Sequence[Record]) -> str:
+    def some(names: Iterable[str], noun: str) -> str:
+        names = list(dict.fromkeys(names))
+        if len(names) > 3:
+            return _counted(len(names), noun)
+        return escape(" and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names))
+
+    return f"{some((r.method for r in records), 'method')} on {some((r.stream for r in records), 'stream')}"
+
+
+def _section(index: int, records: Sequence[Record]) -> str:
+    rows = aggregate(records)
+    parts = [f'<h2 id="{_anchor(index)}">{_group_name(records)}</h2>', _protocol(rows), _headline(rows)]
+    parts.append(
+        "<h3>Accuracy as tasks arrive</h3>"
+        '<p class="say">Mean accuracy, in percent, over the tasks met so far. '
+        f"Bands show one standard deviation over runs.</p>{accuracy_curve(rows)}"
+    )
+    lost = forgetting_by_task(rows)
+    if lost:
+        parts.append(
+            "<h3>Forgetting of each task</h3>"
+            '<p class="say">Points from the best accuracy a task had earlier down to its last one. '
+            f"Below zero, the task ended better than ever.</p>{lost}"
+        )
+    parts += [_matrices(rows), _costs(rows), _settings(rows), _classes(records), _origin(rows)]
+    return f"<section>{''.join(parts)}</section>"
+
+
+def _protocol(rows: Sequence[Row]) -> str:
+    """Return how the runs were measured: what they share, what differs, and what to beware of."""
+    protocols = [row.records[0].protocol for row in rows]
+    names = dict.fromkeys(name for protocol in protocols for name in protocol)
+    common = [n for n in names if all(n in each and each[n] == protocols[0].get(n) for each in protocols)]
+    facts = {name.replace("_", " "): _number(protocols[0][name]) for name in common}
+    parts = [_facts({"backbone": rows[0].records[0].backbone["name"], **facts})]
+    for name in (name for name in names if name not in common):
+        values: dict[str, list[str]] = {}
+        for row, each in zip(rows, protocols, strict=True):
+            values.setdefault(_number(each[name]) if name in each else "not said", []).append(row.name)
+        said = [f"<b>{escape(value)}</b> for {escape(', '.join(who))}" for value, who in values.items()]
+        word = escape(name.replace("_", " "))
+        parts.append(f'<p class="say">Not measured alike, {word}: {"; ".join(said)}.</p>')
+    for row, protocol in zip(rows, protocols, strict=True):
+        batch = protocol.get("test_batch", "independent")
+        skipped = protocol.get("skipped_images", 0)
+        if batch != "independent":
+            rule = "A prediction depends on the other images of its test batch."
+            warning = f"{row.name}: protocol {batch}. {rule}"
+            parts.append(f'<p class="warning">{escape(warning)}</p>')
+        if skipped:
+            warning = f"{row.name}: {_number(skipped)} images could not be read and were left out."
+            parts.append(f'<p class="warning">{escape(warning)}</p>')
+    return "".join(parts)
+
+
+def _headline(rows: Sequence[Row]) -> str:
+    head = ["Method", *_HEADLINE.values()]
+    parts = ['<p class="say">In percent. Forgetting is better when lower, the others when higher.</p>']
+    records = [record for row in rows for record in row.records]
+    if any(len(row.records) > 1 for row in rows):
+        body = []
+        for row in rows:
+            values = [row.spreads[name] for name in _HEADLINE]
+            cells = ["–" if value is None else minus(str(value)) for value in values]
+            body.append([_row_name(row), str(len(row.records)), *cells])
+        parts.append(_table(["Method", "Runs", *_HEADLINE.values()], body, lead=2))
+        said = "Above, mean ± sample standard deviation over seeds. Below, the single runs."
+        parts.append(f'<p class="say after">{said}</p>')
+    body = []
+    for row in rows:
+        for record in row.records:
+            cells = [_percent(record.metrics[name]) for name in _HEADLINE]
+            order = "–" if record.order_seed is None else str(record.order_seed)
+            body.append([_row_name(row), str(record.seed), order, *cells])
+    runs = _table([head[0], "Seed", "Order", *head[1:]], body, lead=3)
+    if len(records) > 12:
+        runs = f"<details><summary>{_counted(len(records), 'single run')}</summary>{runs}</details>"
+    return "".join([*parts, runs])
+
+
+def _matrices(rows: Sequence[Row]) -> str:
+    records = [record for row in rows for record in row.records]
+    widest = max(len(record.matrix[-1]) for record in records)
+    lowest = min(value for record in records for row in record.matrix for value in row)
+    # One scale for the runs of a section: equal colours are equal accuracies, and all of it is used.
+    palest = min(0.8, math.floor(lowest * 10) / 10)
+    maps = [f"<div><h4>{name}</h4>{accuracy_matrix(r, palest)}</div>" for r, name in _run_names(rows)]
+    return (
+        "<h3>Accuracy on each task</h3>"
+        '<p class="say">A row for each task learned, a column for each task tested, in percent. '
+        f"Colour runs from {100 * palest:.0f} to 100.</p>"
+        f'<div class="maps" style="--least:{2.25 * widest + 6.5:.1f}rem">{"".join(maps)}</div>'
+    )
+
+
+def _costs(rows: Sequence[Row]) -> str:
+    records = [record for row in rows for record in row.records]
+    head = ["Method", "Seed", "Train", "Look back", "Evaluate", "Total", "Peak memory", "Trainable", "Stored"]
+    body, by_task = [], []
+    for row in rows:
+        for record in row.records:
+            sums = [sum(record.seconds[phase]) for phase in PHASES]
+            memory = "–" if record.peak_memory_mb is None else f"{_number(round(record.peak_memory_mb))} MB"
+            sizes = [_number(record.trainable_parameters), _number(record.stored_numbers)]
+            times = [_duration(total) for total in (*sums, sum(sums))]
+            body.append([_row_name(row), str(record.seed), *times, memory, *sizes])
+            for phase in PHASES:
+                each = [f"{seconds:,.1f}".replace(",", "\u202f") for seconds in record.seconds[phase]]
+                each += [""] * (max(len(other.matrix) for other in records) - len(each))
+                by_task.append([_row_name(row), str(record.seed), phase.replace("_", " "), *each])
+    tasks = [str(t + 1) for t in range(len(by_task[0]) - 3)]
+    detail = _table(["Method", "Seed", "Seconds to", *tasks], by_task)
+    return (
+        '<h3>Cost</h3><p class="say">Time over all tasks. Trainable parameters, and numbers stored beside '
+        f"the frozen backbone.</p>{_table(head, body)}"
+        f"<details><summary>Seconds for each task</summary>{detail}</details>"
+    )
+
+
+def _settings(rows: Sequence[Row]) -> str:
+    flat = [flatten({"method": row.records[0].method, **row.records[0].settings}) for row in rows]
+    flat = [{k: v for k, v in values.items() if k not in ("seed", "order_seed")} for values in flat]
+    names = list(dict.fromkeys(name for values in flat for name in values))
+    equal = [n for n in names if all(n in values and values[n] == flat[0].get(n) for values in flat)]
+    # A setting that many methods share says more about a difference than one that only one of them has.
+    shared = {name: -sum(name in values for values in flat) for name in names}
+    apart = sorted((name for name in names if name not in equal and name != "method"), key=shared.__getitem__)
+    parts = ["<h3>Settings</h3>"]
+    if apart:
+        cells = [[escape(n), *(escape(show(v[n])) if n in v else "–" for v in flat)] for n in apart]
+        heads = [_row_name(row) for row in rows]
+        parts.append(f'<p class="say">What differs:</p>{_table(["Setting", *heads], cells)}')
+    common = {name: show(flat[0][name]) for name in equal if name != "method"}
+    if common:
+        said = "The same in all:" if len(rows) > 1 else ""
+        parts.append(f'<p class="say after">{said}</p>{_facts(common)}')
+    return "".join(parts) if apart or common else ""
+
+
+def _classes(records: Sequence[Record]) -> str:
+    orders: dict[str, list[Record]] = {}
+    for record in records:
+        orders.setdefault(json.dumps(record.classes), []).append(record)
+    parts = []
+    for group in orders.values():
+        seed = group[0].order_seed
+        which = f", order {seed}" if len(orders) > 1 and seed is not None else ""
+        items = [
+            f'<li>{escape(", ".join(names))} <span class="aside">{_counted(size, "test image")}</span></li>'
+            for names, size in zip(group[0].classes, group[0].test_sizes, strict=True)
+        ]
+        tasks = f'<ol class="tasks">{"".join(items)}</ol>'
+        parts.append(f"<details><summary>Tasks and their classes{which}</summary>{tasks}</details>")
+    return "".join(parts)
+
+
+def _origin(rows: Sequence[Row]) -> str:
+    def facts(record: Record) -> dict[str, str]:
+        where = {"commit": record.commit or "unknown", "hardware": record.hardware}
+        prints = {
+            "stream fingerprint": record.stream_fingerprint,
+            "backbone fingerprint": record.backbone["fingerprint"],
+        }
+        return {**where, **record.versions, **prints}
+
+    named = _run_names(rows)
+    all_facts = [facts(record) for record, _ in named]
+    common = {n: value for n, value in all_facts[0].items() if all(f.get(n) == value for f in all_facts)}
+    items = []
+    for (record, name), own in zip(named, all_facts, strict=True):
+        rest = [f"{word} {value}" for word, value in own.items() if word not in common]
+        aside = f'<div class="aside">{escape(", ".join(rest))}</div>' if rest else ""
+        items.append(f"<li><h4>{name}</h4>{aside}<code>{escape(record.command)}</code></li>")
+    return f'<h3>How to run it again</h3>{_facts(common)}<ul class="runs">{"".join(items)}</ul>'
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]], lead: int = -1) -> str:
+    """Return a table of cells that are HTML already; the first column names the row, `lead` is in bold."""
+
+    def row(cells: Sequence[str], tag: str) -> str:
+        out = []
+        for place, cell in enumerate(cells):
+            kind = tag if place else "th"
+            names = ["name"] * (place == 0) + ["lead"] * (place == lead and tag == "td")
+            mark = f' class="{" ".join(names)}"' if names else ""
+            scope = f' scope="{"col" if tag == "th" else "row"}"' if kind == "th" else ""
+            out.append(f"<{kind}{scope}{mark}>{cell}</{kind}>")
+        return f"<tr>{''.join(out)}</tr>"
+
+    lines = "".join(row(cells, "td") for cells in body)
+    table = f'<table class="data"><thead>{row(head, "th")}</thead><tbody>{lines}</tbody></table>'
+    return f'<div class="scroll">{table}</div>'
+
+
+def _facts(facts: dict[str, str]) -> str:
+    items = [f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items()]
+    return f'<dl class="facts">{"".join(items)}</dl>' if items else ""
+
+
+def _row_name(row: Row) -> str:
+    note = f' <span class="aside">{escape(row.note)}</span>' if row.note else ""
+    return escape(", ".join(row.labels.values())) + note
+
+
+def _run_names(rows: Sequence[Row]) -> list[tuple[Record, str]]:
+    """Return every run with its name as HTML."""
+    named = []
+    for row in rows:
+        for record in row.records:
+            order = "" if record.order_seed is None else f", order {record.order_seed}"
+            name = _row_name(row)
+            comma = "," if "</span>" in name else ""
+            named.append((record, f'{name}<span class="aside">{comma} seed {record.seed}{order}</span>'))
+    return named
+
+
+def _group_name(records: Sequence[Record]) -> str:
+    return escape(f"{records[0].stream} with {records[0].backbone['name']}")
+
+
+def _made_with(records: Sequence[Record]) -> str:
+    versions = sorted({record.versions["lamina"] for record in records})
+    return escape(f"Made with lamina {', '.join(versions)}.")
+
+
+def _anchor(index: int) -> str:
+    return f"stream-{index + 1}"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{_number(number)} {noun}{'' if number == 1 else 's'}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else minus(percent(value))
+
+
+def _number(value: Any) -> str:
+    """Return a whole number with its thousands apart, anything else as `show` has it."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return f"{value:,}".replace(",", "\u202f") if whole else show(value)
+
+
+def _duration(seconds: float) -> str:
+    """Return a duration as a person says it.
+
+    >>> [_duration(seconds) for seconds in (0.04, 12.34, 59.97, 245, 3599.8, 8000)]
+    ['0.04 s', '12.3 s', '1 min 00 s', '4 min 05 s', '1 h 00 min', '2 h 13 min']
+    """
+    if seconds < 59.95:
+        return f"{seconds:.2f} s" if 0 < seconds < 1 else f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"

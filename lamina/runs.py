@@ -1,0 +1,384 @@
+"""Whole runs: from settings to a folder with checkpoints, a log and `results.json`.
+
+settings.toml          everything that was asked, so that the run can be resumed or repeated
+state.pt               the last checkpoint
+log.jsonl              loss terms, learning rate and speed of every step
+results.json           what came out; reports and tables need nothing else
+learned.safetensors    what was learned, without the frozen backbone
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from lamina import __version__
+from lamina.config import Settings, read_toml, write_toml
+from lamina.data.streams import StreamSettings, build_stream
+from lamina.errors import ConfigError, LaminaError, ResumeError
+from lamina.registry import method_class
+from lamina.results.metrics import summary
+from lamina.results.records import Record
+
+RECIPES = Path(__file__).parent / "recipes"
+SETTINGS, RESULTS = "settings.toml", "results.json"
+
+
+class RunSettings(Settings):
+    """Everything that decides what a run does."""
+
+    method: str = Field(description="see `lamina list methods`")
+    stream: StreamSettings = Field(description="which images, in which order")
+    backbone: str = Field("lamina:vit-nano", description="see `lamina list backbones`")
+    seed: int = Field(0, ge=0, description="of everything random in training; the order of classes has its own")
+    augmentation: str = Field("crop-flip", description="transform of training images")
+    precision: Literal["auto", "bf16", "32"] = Field(
+        "auto", description="of the frozen tower; auto takes bf16 where it is fast"
+    )
+    accelerator: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute")
+    devices: int = Field(1, ge=1, description="processes, each with a device of its own")
+    nodes: int = Field(1, ge=1, description="machines")
+    checkpoint_every: int = Field(100, ge=0, description="steps between checkpoints; 0 saves between tasks only")
+    workers: int = Field(0, ge=0, description="processes that load training images")
+    eval_batch: int = Field(100, ge=1, description="images in one batch where nothing is trained")
+    settings: dict[str, Any] = Field(
+        default_factory=dict, description="of the method; what is not given keeps its default"
+    )
+
+
+#: what may differ between a run and its continuation without changing what it computes
+_FREE = ("devices", "nodes", "checkpoint_every", "workers")
+
+
+def plan(
+    method: str, stream: str | None = None, *, recipe: bool = True, overrides: Mapping[str, Any] | None = None
+) -> tuple[RunSettings, Path | None]:
+    """Turn a method's name, or a recipe's path, into the settings of a run; return the recipe used, too.
+
+    Where a recipe for this method on this stream ships with the package, its settings are the starting
+    point; `overrides` have the last word.
+
+    Args:
+        method: a method's name; a recipe as METHOD/NAME, as `lamina list recipes` has it; or a recipe's path.
+        overrides: nested settings; a name that is not a setting of runs is one of the method.
+
+    Raises:
+        ConfigError: when a name or value is wrong.
+    """
+    values: dict[str, Any] = {}
+    path: Path | None = None
+    if method.endswith(".toml"):
+        path = Path(method)
+    elif (RECIPES / f"{method}.toml").exists():
+        path = RECIPES / f"{method}.toml"
+    else:
+        method_class(method)
+        path = _recipe(method, stream, (overrides or {}).get("backbone")) if recipe else None
+        values["method"] = method
+    if path is not None:
+        values |= {name: value for name, value in read_toml(path).items() if name != "version"}
+    if isinstance(values.get("stream"), str):
+        values["stream"] = {"name": values["stream"]}
+    if stream is not None:
+        values["stream"] = {**values.get("stream", {}), "name": stream}
+    if "stream" not in values:
+        raise ConfigError("a run needs a stream: --stream NAME; `lamina list streams` shows what there is")
+    values["settings"] = dict(values.get("settings", {}))
+    for name, value in (overrides or {}).items():
+        if name in ("stream", "settings"):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"--set {name} needs a name within it, as in {name}.NAME=VALUE; got {value!r}")
+            values[name] = {**values[name], **value}
+        elif name in RunSettings.model_fields:
+            values[name] = value
+        else:
+            values["settings"][name] = value
+    run = RunSettings(**values)
+    method_class(run.method)(**run.settings)  # so that a wrong setting is found before anything is loaded
+    return run, path
+
+
+def _recipe(method: str, stream: str | None, backbone: str | None) -> Path | None:
+    """Return the recipe for a method on a stream; None if there is none, or it was made for another backbone."""
+    path = RECIPES / method / f"{stream}.toml"
+    if not path.exists() or backbone not in (None, read_toml(path).get("backbone", backbone)):
+        return None
+    return path
+
+
+def resumable(folder: Path) -> RunSettings:
+    """Read the settings of a run that was begun in `folder`.
+
+    Raises:
+        ResumeError: when there is none.
+    """
+    if not (folder / SETTINGS).exists():
+        raise ResumeError(f"{folder} holds no run: there is no {SETTINGS} in it; start one with `lamina run`")
+    values = read_toml(folder / SETTINGS)
+    if not isinstance(values.get("run"), dict):
+        raise ResumeError(f"{folder / SETTINGS} says nothing of a run; start it anew with `lamina run`")
+    return RunSettings(**values["run"])
+
+
+def execute(
+    run: RunSettings,
+    folder: Path,
+    *,
+    data: Path | None = None,
+    command: str = "",
+    resume: bool = False,
+    progress: Callable[[], Any] | None = None,
+) -> Record:
+    """Run, or go on with, what the settings say; return the record that `results.json` holds.
+
+    Args:
+        data: where data sets lie; None looks in the usual places.
+        command: what was typed, for the record.
+        resume: go on from the last checkpoint in `folder`; otherwise the folder must hold no run.
+        progress: makes a `lamina.training.progress.Progress`, in the process that reports.
+
+    Raises:
+        LaminaError: for everything that a user can mend.
+        Stopped: when the process was asked to stop; the state is saved.
+    """
+    from lamina.training.launch import launch
+
+    if not resume and (folder / SETTINGS).exists():
+        then = resumable(folder)
+        ended = (folder / RESULTS).exists()
+        raise ResumeError(
+            f"{folder} already holds a{' finished' if ended else ''} run of {then.method} on {then.stream.name} with "
+            f"seed {then.seed}; {'' if ended else f'continue it with `lamina resume {folder}`, or '}give another --out"
+        )
+    if not resume and folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty and holds no run; give another --out")
+    outcome = launch(
+        _work,
+        run,
+        folder,
+        data,
+        command,
+        progress,
+        accelerator=run.accelerator,
+        devices=run.devices,
+        nodes=run.nodes,
+    )
+    if isinstance(outcome, BaseException):
+        raise outcome
+    return Record.from_dict(outcome)
+
+
+def complete(run: RunSettings, folder: Path, **arguments: Any) -> Record:
+    """Return the record of a run in `folder`, after running what is missing of it; arguments as in `execute`."""
+    if (folder / RESULTS).exists():
+        return Record.read(folder / RESULTS)
+    return execute(run, folder, resume=(folder / SETTINGS).exists(), **arguments)
+
+
+def _work(fabric: Any, *arguments: Any) -> dict[str, Any] | BaseException:
+    """Do one process's part. What comes back must cross a process boundary: plain values, and errors as values."""
+    from lamina.training.trainer import Stopped
+
+    try:
+        return _run(fabric, *arguments).as_dict()
+    except (LaminaError, Stopped) as error:
+        return error
+
+
+def _run(
+    fabric: Any,
+    run: RunSettings,
+    folder: Path,
+    data: Path | None,
+    command: str,
+    progress: Callable[[], Any] | None,
+) -> Record:
+    import torch
+
+    from lamina.backbones.load import load_backbone
+    from lamina.data.transforms import InputSpec
+    from lamina.seeds import seed_at
+    from lamina.training import checkpoint
+    from lamina.training.feed import Feed
+    from lamina.training.launch import tower_dtype
+    from lamina.training.trainer import Trainer
+
+    dtype = tower_dtype(run.precision, fabric.device)
+    backbone = load_backbone(run.backbone, dtype=dtype)
+    spec = InputSpec(**backbone.pixels)
+    with fabric.rank_zero_first(local=True):  # the first process on a machine decodes, the others read its cache
+        stream = build_stream(run.stream, data, max_side=max(256, math.ceil(spec.size / spec.crop_pct)))
+    torch.manual_seed(seed_at(run.seed, "build"))
+    method = method_class(run.method)(**run.settings)
+    learner = method.build(backbone.tower)
+    feed = Feed(
+        fabric,
+        spec,
+        augmentation=run.augmentation,
+        seed=run.seed,
+        eval_batch=run.eval_batch,
+        workers=run.workers,
+        features=backbone.tower if learner.cache == "features" else None,
+    )
+    asked = {name: value for name, value in run.model_dump().items() if name not in _FREE}
+    identity = {
+        **asked,
+        "settings": method.model_dump(),
+        "precision": str(dtype).removeprefix("torch."),
+        "stream fingerprint": stream.fingerprint,
+        "backbone fingerprint": backbone.tower.fingerprint,
+    }
+    trainer = Trainer(
+        learner,
+        feed,
+        fabric,
+        seed=run.seed,
+        run_dir=folder,
+        checkpoint_every=run.checkpoint_every,
+        identity=identity,
+        progress=progress() if progress is not None and fabric.is_global_zero else None,
+    )
+    trainer.restore(stream)
+    if fabric.is_global_zero and not (folder / SETTINGS).exists():  # not before all that was asked for was found
+        write_toml(folder / SETTINGS, {"run": run.model_dump(), "command": command})
+    with _stop_signals() as trainer.should_stop:
+        trainer.run(stream)
+    train = [len(task.train) for task in stream]
+    test = [len(task.test) for task in stream]
+    record = Record(
+        method=run.method,
+        settings=method.model_dump(),
+        stream=stream.name,
+        stream_fingerprint=stream.fingerprint,
+        backbone={"name": run.backbone, "fingerprint": backbone.tower.fingerprint},
+        seed=run.seed,
+        order_seed=stream.order_seed,
+        protocol={
+            "kind": "joint" if learner.at_once else "class-incremental",
+            "tasks": len(stream),
+            "classes": sum(len(task.classes) for task in stream),
+            "train_images": sum(train),
+            "test_images": sum(test),
+            "tested_on": "held-out training images" if run.stream.holdout else "test images",
+            "image_size": spec.size,
+            "augmentation": "none (cached features)" if learner.cache == "features" else run.augmentation,
+            "precision": identity["precision"],
+            "test_batch": "independent",
+            "skipped_images": stream.skipped,
+        },
+        classes=[list(task.classes) for task in stream],
+        matrix=trainer.matrix,
+        matrix_task_aware=trainer.matrix_task_aware,
+        test_sizes=test,
+        metrics=summary(trainer.matrix, test, trainer.matrix_task_aware),
+        seconds=trainer.seconds,
+        peak_memory_mb=_peak_memory_mb(fabric.device),
+        trainable_parameters=sum(
+            p.numel() for name, p in learner.model.named_parameters() if not name.startswith("tower.")
+        ),
+        stored_numbers=sum(
+            t.numel() for t in _tensors([learner.model.learned(), *(p.state_dict() for p in learner.protections)])
+        ),
+        versions=versions(),
+        hardware=hardware(fabric.device, fabric.world_size),
+        commit=_commit(),
+        finished=True,
+        command=command,
+    )
+    if fabric.is_global_zero:
+        checkpoint.save_learned(folder, learner.model.learned())
+        record.write(folder / RESULTS)
+    return record
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Let SIGTERM and SIGUSR1 end the run at the next step, after a checkpoint; yield who says so."""
+    asked: list[int] = []
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # elsewhere, whoever runs us handles signals
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            before[number] = signal.signal(number, lambda number, frame: asked.append(number))
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _tensors(value: Any) -> list[Any]:
+    """Return every tensor inside nested mappings and lists."""
+    if isinstance(value, Mapping):
+        return [tensor for part in value.values() for tensor in _tensors(part)]
+    if isinstance(value, list | tuple):
+        return [tensor for part in value for tensor in _tensors(part)]
+    return [value] if hasattr(value, "numel") else []
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a number may depend on."""
+    import timm
+    import torch
+
+    return {
+        "lamina": __version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def hardware(device: Any, processes: int = 1) -> str:
+    """Describe a device in words."""
+    import torch
+
+    if device.type == "cuda":
+        return f"{processes} x {torch.cuda.get_device_name(device)}"
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{model}, {torch.get_num_threads() * processes} threads of {os.cpu_count()} cores"
+
+
+def _peak_memory_mb(device: Any) -> float:
+    """Return the most memory this process held on its device, in units of 10**6 bytes."""
+    import torch
+
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
+
+
+def _commit() -> str | None:
+    """Return the commit of the source, with a `+` for changes not committed; None outside a checkout."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        return (
+            git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--", "lamina") else "")
+        ) or None
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,68 @@
+"""Accuracy per task, exact over processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from lamina.data.stream import Task
+from lamina.lookback import Reduce
+from lamina.model import Batch, PromptedModel
+from lamina.seeds import seed_at
+
+
+@torch.inference_mode()
+def accuracies(
+    model: PromptedModel,
+    tasks: Sequence[Task],
+    batches: Callable[[Task], Iterable[Batch]],
+    *,
+    seed: int,
+    reduce: Reduce,
+    advance: Callable[[int], None] = lambda images: None,
+) -> tuple[list[float], list[float]]:
+    """Return the accuracy on each task's test images: over all classes met, and over the task's own.
+
+    Each process counts right answers on its share; the counts are summed, so no image counts twice
+    however uneven the shares. The second list masks all columns but the task's, which is what
+    task-incremental learning reports.
+
+    Args:
+        batches: this process's share of a task's test images, with their columns as labels.
+        seed: of draws inside the model, for heads that sample.
+    """
+    model.eval()
+    counts = torch.zeros(len(tasks), 3, dtype=torch.float64)  # right, right with the task known, images
+    for place, task in enumerate(tasks):
+        torch.manual_seed(seed_at(seed, "evaluate", task.index))
+        own = torch.as_tensor(list(task.columns))
+        for batch in batches(task):
+            logits = scores(model, batch)
+            own = own.to(logits.device)
+            counts[place, 0] += (logits.argmax(-1) == batch.targets).sum().cpu()
+            counts[place, 1] += (own[logits[:, own].argmax(-1)] == batch.targets).sum().cpu()
+            counts[place, 2] += len(batch.targets)
+            advance(len(batch.targets))
+    counts = reduce(counts)
+    return (counts[:, 0] / counts[:, 2]).tolist(), (counts[:, 1] / counts[:, 2]).tolist()
+
+
+def scores(model: PromptedModel, batch: Batch) -> Tensor:
+    """Return logits (B, C) of a batch, averaged over samples where the head draws some."""
+    logits = model(batch._replace(labels=None)).logits
+    return logits.mean(0) if logits.ndim == 3 else logits
+
+
+def summed(fabric: Fabric) -> Reduce:
+    """Return the function that sums a tensor over a Fabric's processes."""
+
+    def reduce(value: Tensor) -> Tensor:
+        if fabric.world_size == 1:
+            return value
+        total = fabric.all_reduce(value.to(fabric.device), reduce_op="sum")
+        return total.to(value.device)  # type: ignore[union-attr]  # a tensor in, a tensor out
+
+    return reduce

@@ -1,0 +1,118 @@
+"""Batches of a task's images, or of their frozen features where those are computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from lamina.backbones.tower import Tower
+from lamina.data.cache import cached_array
+from lamina.data.loader import Share, global_batch, plain_batches, steps_per_epoch, training_steps
+from lamina.data.pictures import hashed
+from lamina.data.stream import Split, Task
+from lamina.data.transforms import InputSpec, transform
+from lamina.learner import Phase
+from lamina.model import Batch
+
+
+class Fed(NamedTuple):
+    """One training step's worth.
+
+    Attributes:
+        batch: this process's share, on its device.
+        weight: of this process's mean loss; see `lamina.data.loader.Step`.
+        images: in the global batch.
+    """
+
+    batch: Batch
+    weight: float
+    images: int
+
+
+@dataclass
+class Feed:
+    """Brings batches to a device, to every process its share.
+
+    Attributes:
+        spec: the pixels that the tower takes.
+        augmentation: name of the transform of training images; features come without.
+        seed: of the run; order and augmentation depend on it and on the address of a step alone.
+        eval_batch: images in one batch where nothing is trained.
+        workers: processes that load training images; 0 loads in this one.
+        features: the frozen tower, when its features stand in for images.
+    """
+
+    fabric: Fabric
+    spec: InputSpec
+    augmentation: str = "crop-flip"
+    seed: int = 0
+    eval_batch: int = 100
+    workers: int = 0
+    features: Tower | None = None
+
+    def __post_init__(self) -> None:
+        self.share = Share(self.fabric.global_rank, self.fabric.world_size)
+        self.plain_transform = transform("plain", self.spec)
+        self.train_transform = transform(self.augmentation, self.spec)
+
+    def steps(self, split: Split, phase: Phase) -> int:
+        """Return how many steps a phase takes on a split."""
+        return phase.epochs * steps_per_epoch(split, phase.batch_size)
+
+    def train(self, task: Task, number: int, phase: Phase, first: int) -> Iterator[Fed]:
+        """Yield the steps of phase `number` of a task, from step `first` on."""
+        address = (self.seed, "train", task.index, number)
+        split, size = task.train, phase.batch_size
+        if self.features is not None:
+            features, columns = self._features(split), torch.from_numpy(split.columns)
+            for step in range(first, self.steps(split, phase)):
+                positions = global_batch(split, address=address, batch_size=size, step=step)
+                mine, weight = self.share.of(positions)
+                batch = Batch(None, columns[mine], features=features[mine])
+                yield Fed(self.fabric.to_device(batch), weight, len(positions))
+            return
+        for part in training_steps(
+            split,
+            self.train_transform,
+            address=address,
+            epochs=phase.epochs,
+            batch_size=size,
+            start_step=first,
+            share=self.share,
+            workers=self.workers,
+        ):
+            yield Fed(self.fabric.to_device(Batch(part.images, part.columns)), part.weight, part.size)
+
+    def plain(self, split: Split) -> Iterator[Batch]:
+        """Yield this process's share of a split once, in order and without augmentation."""
+        if self.features is not None:
+            features, columns = self._features(split), torch.from_numpy(split.columns)
+            mine = np.arange(self.share.rank, len(split), self.share.world)
+            for start in range(0, len(mine), self.eval_batch):
+                rows = mine[start : start + self.eval_batch]
+                yield self.fabric.to_device(Batch(None, columns[rows], features=features[rows]))
+            return
+        for part in plain_batches(split, self.plain_transform, batch_size=self.eval_batch, share=self.share):
+            yield self.fabric.to_device(Batch(part.images, part.columns))
+
+    def _features(self, split: Split) -> Tensor:
+        """Return the frozen features (n, F), float32, of a whole split; kept on disk from run to run."""
+        tower = self.features
+        if tower is None:
+            raise ValueError("this feed brings images, not features")
+        dtype = str(next(tower.parameters()).dtype)
+        key = hashed(tower.fingerprint, dtype, repr(self.spec), split.images.fingerprint, split.indices)
+
+        def fill(out: np.ndarray) -> None:
+            for part in plain_batches(split, self.plain_transform, batch_size=self.eval_batch):
+                with torch.no_grad():
+                    out[part.positions] = tower(self.fabric.to_device(part.images)).features.cpu().numpy()
+
+        array = cached_array(f"features-{key}", (len(split), tower.features), np.float32, fill, kind="features")
+        return torch.from_numpy(np.array(array))

@@ -1,0 +1,56 @@
+"""Settings to Fabric: devices, processes, and the precision of frozen towers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from lightning_fabric import Fabric
+
+Precision = Literal["auto", "bf16", "32"]
+
+
+def launch(
+    work: Callable[..., Any], *arguments: Any, accelerator: str = "auto", devices: int = 1, nodes: int = 1
+) -> Any:
+    """Call `work(fabric, *arguments)` in every process and return what it returns.
+
+    Several devices of one machine are started here; under torchrun or SLURM, which start processes
+    themselves, this process joins the others.
+    """
+    several = devices * nodes > 1
+    outside = "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_NTASKS" in os.environ
+    strategy = "auto" if not several else "ddp" if outside or nodes > 1 else "ddp_spawn"
+    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, strategy=strategy)
+    return fabric.launch(_together, work, *arguments)
+
+
+def _together(fabric: Fabric, work: Callable[..., Any], *arguments: Any) -> Any:
+    """Work, and leave the group of processes only when all are done.
+
+    A process that ends while another still talks to the group can take that one down with it.
+    """
+    result = work(fabric, *arguments)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        fabric.barrier()
+        torch.distributed.destroy_process_group()
+    return result
+
+
+def tower_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """Return the dtype of a frozen tower: bf16 where the processor computes in it, unless told otherwise."""
+    if precision == "32":
+        return torch.float32
+    if precision == "bf16":
+        return torch.bfloat16
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return torch.bfloat16 if _cpu_has_bf16() else torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    """Say whether the processor multiplies bf16 in hardware; elsewhere it would be slower than float32."""
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return torch.backends.mkldnn.is_available() and bool(able.get("avx512_bf16") or able.get("amx_bf16"))

@@ -1,0 +1,316 @@
+"""The one training loop.
+
+A run is a sequence of tasks, a task a sequence of phases, a phase a sequence of steps. The position
+(task, phase, step) names the next step to take; with the run's seed it is all that random draws depend
+on, so a run goes on from a checkpoint exactly as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lamina.data.stream import Stream, Task
+from lamina.errors import ResumeError, TrainingError
+from lamina.learner import Learner, Phase
+from lamina.seeds import seed_at
+from lamina.training import checkpoint
+from lamina.training.evaluation import accuracies, summed
+from lamina.training.feed import Feed
+from lamina.training.log import Log
+from lamina.training.objective import classify
+from lamina.training.progress import Progress
+
+#: of the stretches of work whose seconds are kept apart
+STRETCHES = ("train", "look_back", "evaluate")
+
+
+class Position(NamedTuple):
+    """The next step to take; all three count from 0."""
+
+    task: int = 0
+    phase: int = 0
+    step: int = 0
+
+
+class Stopped(Exception):
+    """The run was asked to stop; its state is saved."""
+
+
+class Trainer:
+    """Runs a learner over a stream, one task at a time.
+
+    Args:
+        learner: the method, built.
+        feed: brings batches of a task's images, or of their cached features.
+        seed: of everything random in training.
+        run_dir: where checkpoints and the log go; None keeps nothing.
+        checkpoint_every: steps between checkpoints; 0 saves at the end of each phase and task alone.
+        identity: what a checkpoint must share with this run: settings, stream, backbone.
+        progress: told how far the run is.
+
+    Attributes:
+        position: the next step to take.
+        matrix, matrix_task_aware: a row of accuracies for each finished task; in the second one the
+            columns of other tasks are masked.
+        seconds: of each stretch of work, per task.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        feed: Feed,
+        fabric: Fabric | None = None,
+        *,
+        seed: int = 0,
+        run_dir: Path | None = None,
+        checkpoint_every: int = 0,
+        identity: dict[str, Any] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.learner, self.feed, self.seed, self.run_dir, self.every = (
+            learner,
+            feed,
+            seed,
+            run_dir,
+            checkpoint_every,
+        )
+        self.fabric = fabric or Fabric(accelerator="cpu", devices=1)
+        self.identity = {"seed": seed, **(identity or {})}
+        self.progress = progress or Progress()
+        self.log = Log(run_dir if self.fabric.is_global_zero else None)
+        self.position = Position()
+        self.matrix: list[list[float]] = []
+        self.matrix_task_aware: list[list[float]] = []
+        self.seconds: dict[str, list[float]] = {name: [] for name in STRETCHES}
+        self.should_stop: Callable[[], bool] = lambda: False
+        self._begun = 0
+        self._optimizer_state: dict[str, Any] | None = None
+        learner.model.to(self.fabric.device)
+
+    # ── whole runs ─────────────────────────────────────────────────────────────────────────────────
+
+    def run(self, stream: Stream) -> None:
+        """Learn and evaluate task after task, from where this run stands.
+
+        Raises:
+            Stopped: when `should_stop` says so; the state is saved.
+            TrainingError: when the loss is not finite.
+            StorageError: when a checkpoint cannot be written.
+        """
+        stages = [stream.merged()] if self.learner.at_once else list(stream)
+        self._begin(stages[: self.position.task])
+        for task in stages[self.position.task :]:
+            self.learn(task, tasks=len(stages))
+            self.evaluate(list(stream) if self.learner.at_once else stages[: task.index + 1])
+            self.position = Position(task.index + 1)
+            self.progress.row(task.index, len(stages), self.matrix[-1])
+            self._save()
+            if task is not stages[-1] and self._any(self.should_stop()):
+                raise Stopped
+
+    def learn(self, task: Task, *, tasks: int = 1) -> None:
+        """Learn one task: run its phases, then look back on it.
+
+        Args:
+            tasks: how many tasks there are, for whoever watches.
+        """
+        self._begin([task])
+        if self.position.task != task.index:
+            self.position = Position(task.index)
+        for name in STRETCHES:
+            self.seconds[name] += [0.0] * (task.index + 1 - len(self.seconds[name]))
+        for number, phase in enumerate(self.learner.phases(task)):
+            if number >= self.position.phase:
+                self._run_phase(task, number, phase, tasks)
+        self._look_back(task, tasks)
+
+    def evaluate(self, tasks: Sequence[Task]) -> None:
+        """Append a row of accuracies on `tasks` to the matrices."""
+        stage = len(self.matrix)
+        with self._stretch("evaluate", stage, len(tasks), sum(len(task.test) for task in tasks)):
+            row, aware = accuracies(
+                self.learner.model,
+                tasks,
+                lambda task: self.feed.plain(task.test),
+                seed=self.seed,
+                reduce=summed(self.fabric),
+                advance=self.progress.advance,
+            )
+        self.matrix.append(row)
+        self.matrix_task_aware.append(aware)
+
+    # ── one task ───────────────────────────────────────────────────────────────────────────────────
+
+    def _begin(self, tasks: Sequence[Task]) -> None:
+        """Let the model grow for tasks it has not met; seeded by address, so a resumed run grows alike."""
+        for task in tasks:
+            if task.index >= self._begun:
+                torch.manual_seed(seed_at(self.seed, "begin", task.index))
+                self.learner.model.begin_task(task)
+                self.learner.model.to(self.fabric.device)
+                self._begun = task.index + 1
+
+    def _run_phase(self, task: Task, number: int, phase: Phase, tasks: int) -> None:
+        model = self.learner.model
+        module = self.fabric.setup_module(model)  # anew for each phase, since parameters come and go
+        optimizer = phase.optimizer([p for p in model.parameters() if p.requires_grad])
+        if self._optimizer_state is not None:
+            optimizer.load_state_dict(self._optimizer_state)
+            self._optimizer_state = None
+        rates = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
+        wrapped = self.fabric.setup_optimizers(optimizer)
+        total = self.feed.steps(task.train, phase)
+        first = self.position.step if self.position[:2] == (task.index, number) else 0
+        images = len(task.train) * phase.epochs
+        model.train()
+        with ExitStack() as guards, self._stretch("train", task.index, tasks, images) as watch:
+            self.progress.skip(min(first * phase.batch_size, images))
+            for protection in self.learner.protections:
+                guards.enter_context(protection.guard(optimizer))
+            for step, fed in enumerate(self.feed.train(task, number, phase, first), start=first):
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * phase.schedule(step / total)
+                torch.manual_seed(seed_at(self.seed, "step", task.index, number, step, self.fabric.global_rank))
+                output = module(fed.batch, task.index)
+                terms = {"classify": classify(output.logits, fed.batch.targets, task, phase), **output.terms}
+                terms = {name: fed.weight * term for name, term in terms.items()}
+                for protection in self.learner.protections:
+                    terms |= protection.terms(model)
+                loss = torch.stack(list(terms.values())).sum()
+                values = self._checked(loss, terms, task, step)
+                optimizer.zero_grad()
+                self.fabric.backward(loss)
+                wrapped.step()  # type: ignore[union-attr]  # one optimizer in, one out
+                self.position = Position(task.index, number, step + 1)
+                self.progress.advance(fed.images, values["loss"])
+                self.log.step(self.position, values, optimizer.param_groups[0]["lr"], fed.images)
+                stop = self._any(self.should_stop())
+                if stop or (self.every and (step + 1) % self.every == 0):
+                    watch.lap()
+                    self._save(optimizer)
+                if stop:
+                    raise Stopped
+        self.position = Position(task.index, number + 1)
+        self._save()
+
+    def _any(self, mine: bool) -> bool:
+        """Say whether it is so in any process; all must do the same, or one would wait for ever."""
+        return bool(summed(self.fabric)(torch.tensor(float(mine))) > 0)
+
+    def _checked(self, loss: Tensor, terms: dict[str, Tensor], task: Task, step: int) -> dict[str, float]:
+        """Return the loss and its terms as numbers, after making sure that they are finite."""
+        values = {"loss": loss.item(), **{name: term.item() for name, term in terms.items()}}
+        if self._any(not math.isfinite(values["loss"])):
+            parts = ", ".join(f"{name} = {value:.4g}" for name, value in values.items() if name != "loss")
+            raise TrainingError(
+                f"the loss is not finite in task {task.index + 1}, step {step + 1}: {parts}; lower the learning rate "
+                "or raise the temperature. The last checkpoint is from before this step."
+            )
+        return values
+
+    @torch.no_grad()
+    def _look_back(self, task: Task, tasks: int) -> None:
+        """Show the finished task once more, without augmentation, to everyone who learns from that."""
+        model, watchers = self.learner.model, [self.learner.model.head, *self.learner.protections]
+        model.eval()
+        probing = [watcher for watcher in watchers if watcher.looks_at == "probes"]
+        reading = [watcher for watcher in watchers if watcher.looks_at == "features"]
+
+        def tap(probe: Any) -> None:
+            for watcher in probing:
+                watcher.see(probe)
+
+        with self._stretch("look_back", task.index, tasks, len(task.train) if probing or reading else 0):
+            for watcher in watchers:
+                watcher.begin_look()
+            if probing or reading:
+                for batch in self.feed.plain(task.train):
+                    features, _ = model.features(batch, tap=tap if probing else None)
+                    for watcher in reading:
+                        watcher.collect(features, batch.targets)
+                    self.progress.advance(len(batch.targets))
+            for watcher in watchers:
+                watcher.end_look(summed(self.fabric))
+
+    @contextmanager
+    def _stretch(self, name: str, task: int, tasks: int, images: int) -> Iterator[_Stopwatch]:
+        """Time a stretch of work and show how far it is; one without images is not shown."""
+        with _Stopwatch(self.seconds[name], task) as watch, ExitStack() as shown:
+            if images:
+                self.progress.begin(name.replace("_", " "), task, tasks, images)
+                shown.callback(self.progress.end)
+            yield watch
+
+    # ── checkpoints ────────────────────────────────────────────────────────────────────────────────
+
+    def _save(self, optimizer: Optimizer | None = None) -> None:
+        if self.run_dir is None or not self.fabric.is_global_zero:
+            return
+        state = {
+            "identity": self.identity,
+            "position": tuple(self.position),
+            "begun": self._begun,
+            "matrix": self.matrix,
+            "matrix_task_aware": self.matrix_task_aware,
+            "seconds": self.seconds,
+            "learned": self.learner.model.learned(),
+            "protections": [protection.state_dict() for protection in self.learner.protections],
+            "optimizer": optimizer.state_dict() if optimizer is not None else None,
+        }
+        checkpoint.save(self.run_dir, state)
+
+    def restore(self, stream: Stream) -> bool:
+        """Take up the run in `run_dir` where it stands; return whether there was one.
+
+        Raises:
+            ResumeError: when the checkpoint is broken or belongs to another run.
+        """
+        state = checkpoint.load(self.run_dir, self.identity) if self.run_dir is not None else None
+        if state is None:
+            self.log.cut(self.position)
+            return False
+        self.position = Position(*state["position"])
+        self.matrix, self.matrix_task_aware = state["matrix"], state["matrix_task_aware"]
+        self.seconds = state["seconds"]
+        stages = [stream.merged()] if self.learner.at_once else list(stream)
+        self._begin(stages[: state["begun"]])
+        model = self.learner.model
+        missing, surplus = model.load_state_dict(state["learned"], strict=False)
+        lost = [name for name in missing if not name.startswith("tower.")] + surplus
+        if lost:
+            raise ResumeError(f"{self.run_dir} holds other tensors than this run needs; the first is {lost[0]!r}")
+        for protection, saved in zip(self.learner.protections, state["protections"], strict=True):
+            protection.load_state_dict(saved)
+        self._optimizer_state = state["optimizer"]
+        self.log.cut(self.position)
+        return True
+
+
+class _Stopwatch:
+    """Adds the seconds inside a `with` to one entry of a list; `lap` adds what has passed so far."""
+
+    def __init__(self, seconds: list[float], index: int) -> None:
+        self.seconds, self.index = seconds, index
+
+    def __enter__(self) -> _Stopwatch:
+        self.seconds += [0.0] * (self.index + 1 - len(self.seconds))
+        self.began = time.perf_counter()
+        return self
+
+    def lap(self) -> None:
+        now = time.perf_counter()
+        self.seconds[self.index] += now - self.began
+        self.began = now
+
+    def __exit__(self, *_: object) -> None:
+        self.lap()

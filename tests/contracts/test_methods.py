@@ -1,0 +1,433 @@
+"""What every registered method must do, whatever it is: the contracts, on a tower with axes of their own sizes.
+
+27 training and 11 test images a task, 3 classes a task, N 17 tokens, M 3 prompt tokens, D 24 channels, L 3 blocks.
+"""
+
+import importlib
+import inspect
+import itertools
+import json
+from functools import cache
+
+import pytest
+import torch
+
+from lamina.config import read_toml, write_toml
+from lamina.model import Batch
+from lamina.registry import method_class, method_names
+from lamina.training.trainer import Stopped
+from tests.conftest import make_tiny_vit
+from tests.streams import blobs, trainer_of
+
+#: makes any method cheap; applied where a method has such a setting
+CHEAP = {"epochs": 2, "batch_size": 5, "length": 3}
+TASKS, PER_TASK = 2, 3
+
+every_method = pytest.mark.parametrize("name", method_names())
+
+
+class Death(Exception):
+    """The process is gone; nothing catches this."""
+
+
+def cheap(name):
+    kind = method_class(name)
+    return kind(**{setting: value for setting, value in CHEAP.items() if setting in kind.model_fields})
+
+
+@cache
+def tower(dtype=torch.float32):
+    return make_tiny_vit(dtype)
+
+
+@cache
+def finished(name, seed=0):
+    """Return a trainer that has run a method over both tasks without a break; nobody changes it."""
+    trainer = trainer_of(cheap(name), tower(), seed=seed)
+    trainer.steps = 0
+
+    def count():
+        trainer.steps += 1
+        return False
+
+    trainer.should_stop = count
+    trainer.run(blobs(TASKS, PER_TASK))
+    return trainer
+
+
+def tensors(value, name=""):
+    """Return every tensor inside nested mappings and lists, by dotted name."""
+    if isinstance(value, torch.Tensor):
+        return {name: value}
+    parts = enumerate(value) if isinstance(value, list | tuple) else getattr(value, "items", tuple)()
+    return {k: v for key, part in parts for k, v in tensors(part, f"{name}.{key}").items()}
+
+
+def remembered(trainer):
+    """Return all that a run leaves behind: learned tensors and what protections keep."""
+    learner = trainer.learner
+    return tensors({"learned": learner.model.learned(), "kept": [p.state_dict() for p in learner.protections]})
+
+
+def assert_same_run(trainer, other):
+    """Bit for bit."""
+    assert trainer.matrix == other.matrix
+    assert trainer.matrix_task_aware == other.matrix_task_aware
+    ours, theirs = remembered(trainer), remembered(other)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert value.dtype == theirs[name].dtype and torch.equal(value, theirs[name]), name
+
+
+def images_and_labels(stream):
+    """Return the test images (22, 3, 32, 32) of all tasks as the tower takes them, and their columns."""
+    feed = trainer_of(cheap("vpt-deep"), tower()).feed  # a feed of images, whatever the method asks for
+    parts = [batch for task in stream for batch in feed.plain(task.test)]
+    return torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts])
+
+
+@torch.no_grad()
+def logits_of(trainer, images):
+    trainer.learner.model.eval()
+    return trainer.learner.model(Batch(images)).logits
+
+
+# ── two tasks run ────────────────────────────────────────────────────────────────────────────────────
+
+
+@every_method
+def test_two_tasks_run_and_every_met_task_is_scored(name):
+    trainer = finished(name)
+    shape = [2] if trainer.learner.at_once else [1, 2]
+    for matrix in (trainer.matrix, trainer.matrix_task_aware):
+        assert [len(row) for row in matrix] == shape
+        assert all(round(11 * value, 9).is_integer() and 0 <= value <= 1 for row in matrix for value in row)
+    for seen, aware in zip(trainer.matrix, trainer.matrix_task_aware, strict=True):
+        assert all(a >= s for s, a in zip(seen, aware, strict=True))
+    assert {kind: len(parts) for kind, parts in trainer.seconds.items()} == dict.fromkeys(
+        ("train", "look_back", "evaluate"), len(shape)
+    )
+
+
+@every_method
+def test_one_task_is_learned_better_than_by_chance(name):
+    """On pictures that differ as much as these, a method that learns nothing would get a third right."""
+    kind = method_class(name)
+    more = {"epochs": 12, "temperature": 1.0}
+    values = cheap(name).model_dump() | {k: v for k, v in more.items() if k in kind.model_fields}
+    trainer = trainer_of(kind(**values), tower())
+    trainer.run(blobs(tasks=1, per_task=PER_TASK))
+    assert trainer.matrix[0][0] >= 8 / 11
+
+
+# ── resume ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def resumed(name, run_dir, stream, **arguments):
+    """Return a trainer of a fresh learner that took up what lies in a run folder."""
+    torch.manual_seed(4711)  # a new process has another history of draws
+    torch.rand(17)
+    trainer = trainer_of(cheap(name), tower(), run_dir=run_dir, **arguments)
+    for parameter in trainer.learner.model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(1.0)  # nothing may depend on how a fresh learner happens to start
+    assert trainer.restore(stream)
+    return trainer
+
+
+def logged_positions(run_dir):
+    path = run_dir / "log.jsonl"
+    return [tuple(json.loads(line)["position"]) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def expected_positions(trainer, stream):
+    stages = [stream.merged()] if trainer.learner.at_once else list(stream)
+    return [
+        (task.index, number, step + 1)
+        for task in stages
+        for number, phase in enumerate(trainer.learner.phases(task))
+        for step in range(trainer.feed.steps(task.train, phase))
+    ]
+
+
+def stops_of(name):
+    """Steps to stop after, counted over the run: the first, the last of each task, and some inside both."""
+    total = finished(name).steps
+    return sorted({1, total // 4, total // 2, total // 2 + 1, total - 2, total}) if total else []
+
+
+@pytest.mark.parametrize(
+    ("name", "stop"), [(name, place) for name in method_names() if name != "nearest-mean" for place in range(6)]
+)
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(name, stop, tmp_path):
+    stream, calls = blobs(TASKS, PER_TASK), itertools.count(1)
+    trainer = trainer_of(cheap(name), tower(), run_dir=tmp_path)
+    trainer.should_stop = lambda: next(calls) == stops_of(name)[stop]
+    with pytest.raises(Stopped):
+        trainer.run(stream)
+    trainer = resumed(name, tmp_path, stream)
+    trainer.run(stream)
+    assert_same_run(trainer, finished(name))
+    assert logged_positions(tmp_path) == expected_positions(trainer, stream)
+
+
+def die_at(place, trainer, stream):
+    """Arrange that a run dies there; return False where it never comes by."""
+    model, total = trainer.learner.model, finished_steps(trainer)
+    kind, _, number = place.partition(" ")
+    if kind == "step":
+        calls, fatal = itertools.count(1), {"early": 2, "first": total // 4 + 1, "second": 3 * total // 4}[number]
+
+        def stop():
+            if next(calls) == fatal:
+                raise Death
+            return False
+
+        trainer.should_stop = stop
+        return total > 0
+    stage = int(number)
+    if trainer.learner.at_once and stage:
+        return False
+    if kind == "begin":
+        begin = model.begin_task
+
+        def begin_task(task):
+            begin(task)
+            if task.index == stage:
+                raise Death
+
+        model.begin_task = begin_task
+    elif kind == "look":
+        looks, end_look = itertools.count(), model.head.end_look
+
+        def look(reduce):
+            if next(looks) == stage:
+                raise Death
+            end_look(reduce)
+
+        model.head.end_look = look
+    elif kind == "evaluate":
+        plain = trainer.feed.plain
+
+        def one_batch(split):
+            for number, batch in enumerate(plain(split)):
+                if split is stream.tasks[stage].test and number == 1:
+                    raise Death
+                yield batch
+
+        trainer.feed.plain = one_batch
+    elif kind == "row":
+        save = trainer._save
+
+        def save_all_but_the_row(*optimizer):
+            if len(trainer.matrix) == stage + 1:
+                raise Death
+            save(*optimizer)
+
+        trainer._save = save_all_but_the_row
+    return True
+
+
+def finished_steps(trainer):
+    return len(expected_positions(trainer, blobs(TASKS, PER_TASK)))
+
+
+PLACES = ["step early", "step first", "look 0", "evaluate 0", "row 0", "begin 1", "step second", "look 1"]
+PLACES += ["evaluate 1", "row 1"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@every_method
+def test_a_run_that_dies_goes_on_from_its_last_checkpoint_to_the_same_end(name, place, tmp_path):
+    """Steps taken since the checkpoint are taken again, and stand in the log once."""
+    stream = blobs(TASKS, PER_TASK)
+    trainer = trainer_of(cheap(name), tower(), run_dir=tmp_path, checkpoint_every=5)
+    if not die_at(place, trainer, stream):
+        pytest.skip(f"{name} has no such place: it trains in no steps, or all at once")
+    with pytest.raises(Death):
+        trainer.run(stream)
+    torch.manual_seed(4711)
+    trainer = trainer_of(cheap(name), tower(), run_dir=tmp_path, checkpoint_every=5)
+    found = trainer.restore(stream)
+    assert found == (tmp_path / "state.pt").exists()
+    trainer.run(stream)
+    assert_same_run(trainer, finished(name))
+    assert logged_positions(tmp_path) == expected_positions(trainer, stream)
+
+
+@every_method
+def test_a_finished_run_taken_up_again_has_nothing_left_to_do(name, tmp_path):
+    stream = blobs(TASKS, PER_TASK)
+    trainer_of(cheap(name), tower(), run_dir=tmp_path).run(stream)
+    trainer = resumed(name, tmp_path, stream)
+    trainer.learn = trainer.evaluate = None  # not to be called
+    trainer.run(stream)
+    assert_same_run(trainer, finished(name))
+
+
+# ── randomness ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@every_method
+def test_the_same_seed_gives_the_same_bits_whatever_else_draws_random_numbers(name):
+    trainer = trainer_of(cheap(name), tower())
+    trainer.should_stop = lambda: torch.rand(3).sum() > 3
+    torch.manual_seed(99)
+    trainer.run(blobs(TASKS, PER_TASK))
+    assert_same_run(trainer, finished(name))
+
+
+@every_method
+def test_another_seed_gives_another_run_where_anything_is_random(name):
+    ours, theirs = (finished(name, seed).learner.model.learned() for seed in (0, 1))
+    trained = any(parameter.requires_grad for parameter in finished(name).learner.model.parameters())
+    same = {key for key in ours if torch.equal(ours[key], theirs[key])}
+    assert same == (set() if trained else set(ours))
+
+
+# ── predictions ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def batched_otherwise(trainer, images, labels):
+    """Yield (how, logits in the order of `images`) for other ways to cut the same images into batches."""
+    count = len(images)
+    for how, order in {
+        "permuted": torch.randperm(count, generator=torch.Generator().manual_seed(5)),
+        "sorted by class": labels.argsort(stable=True),
+    }.items():
+        out = torch.cat([logits_of(trainer, images[part]) for part in order.split(9)])
+        yield how, out[order.argsort()]
+        yield how + ", at once", logits_of(trainer, images[order])[order.argsort()]
+    yield "one by one", torch.cat([logits_of(trainer, image[None]) for image in images])
+    yield "one class each", logits_by_class(trainer, images, labels)
+
+
+def logits_by_class(trainer, images, labels):
+    out = torch.empty_like(logits_of(trainer, images))
+    for column in labels.unique():
+        out[labels == column] = logits_of(trainer, images[labels == column])
+    return out
+
+
+@every_method
+def test_a_prediction_does_not_depend_on_the_other_images_of_its_batch(name):
+    trainer = finished(name)
+    images, labels = images_and_labels(blobs(TASKS, PER_TASK))
+    whole = logits_of(trainer, images)
+    assert whole.shape == (22, 6)
+    for how, logits in batched_otherwise(trainer, images, labels):
+        torch.testing.assert_close(logits, whole, rtol=1e-5, atol=1e-5, msg=lambda text, how=how: f"{how}: {text}")
+        assert torch.equal(logits.argmax(-1), whole.argmax(-1)), how
+
+
+@every_method
+def test_a_prediction_of_a_bf16_tower_depends_on_its_batch_by_rounding_alone(name):
+    """bf16 keeps 8 bits: logits agree to 3 % of their spread, classes wherever two scores are further apart."""
+    trainer = trainer_of(cheap(name), tower(torch.bfloat16))
+    stream = blobs(TASKS, PER_TASK)
+    trainer.run(stream)
+    images, labels = images_and_labels(stream)
+    whole = logits_of(trainer, images)
+    tolerance = 0.03 * whole.std().item()
+    best = whole.topk(2).values
+    clear = best[:, 0] - best[:, 1] > 2 * tolerance
+    assert clear.sum() >= 11
+    for how, logits in batched_otherwise(trainer, images, labels):
+        assert (logits - whole).abs().max() <= tolerance, how
+        assert torch.equal(logits.argmax(-1)[clear], whole.argmax(-1)[clear]), how
+
+
+@every_method
+def test_classes_not_met_yet_cannot_be_predicted(name):
+    trainer = trainer_of(cheap(name), tower())
+    stream = blobs(TASKS, PER_TASK)
+    images, _ = images_and_labels(stream)
+    trainer.learn(stream.tasks[0])
+    assert logits_of(trainer, images).shape == (22, 3)
+    trainer.learn(stream.tasks[1])
+    assert logits_of(trainer, images).shape == (22, 6)
+
+
+@every_method
+def test_cached_features_and_images_give_the_same_scores(name):
+    trainer = finished(name)
+    if trainer.learner.cache == "off":
+        assert trainer.feed.features is None
+        return
+    stream = blobs(TASKS, PER_TASK)
+    images, labels = images_and_labels(stream)
+    batches = [batch for task in stream for batch in trainer.feed.plain(task.test)]
+    assert all(batch.images is None for batch in batches)
+    assert torch.equal(torch.cat([batch.labels for batch in batches]), labels)
+    with torch.no_grad():
+        cached = torch.cat([trainer.learner.model(batch).logits for batch in batches])
+    torch.testing.assert_close(cached, logits_of(trainer, images), rtol=1e-5, atol=1e-5)
+
+
+# ── what moves ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@every_method
+def test_the_tower_keeps_every_bit_and_gets_no_gradient(name):
+    frozen = make_tiny_vit()
+    before = {key: value.clone() for key, value in frozen.state_dict().items()}
+    trainer = trainer_of(cheap(name), frozen)
+    trainer.run(blobs(TASKS, PER_TASK))
+    after = trainer.learner.model.tower.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    assert all(p.grad is None and not p.requires_grad for p in trainer.learner.model.tower.parameters())
+
+
+@every_method
+def test_what_is_learned_belongs_to_prompts_and_head(name):
+    learned = finished(name).learner.model.learned()
+    assert learned and {key.partition(".")[0] for key in learned} <= {"prompts", "head"}
+
+
+# ── settings and words ───────────────────────────────────────────────────────────────────────────────
+
+
+@every_method
+def test_settings_survive_toml(name, tmp_path):
+    for settings in (method_class(name)(), cheap(name)):
+        write_toml(tmp_path / "settings.toml", {"settings": settings.model_dump()})
+        assert type(settings)(**read_toml(tmp_path / "settings.toml")["settings"]) == settings
+
+
+@every_method
+def test_every_default_is_inside_its_own_limits_when_it_is_given(name):
+    kind = method_class(name)
+    assert kind(**kind().model_dump()) == kind()
+    assert kind().changed() == {}
+
+
+@every_method
+def test_every_setting_says_what_it_means(name):
+    for setting, field in method_class(name).model_fields.items():
+        assert field.description and field.description.strip() == field.description, setting
+        assert not field.is_required(), f"{setting} has no default"
+
+
+@every_method
+def test_the_text_of_a_method_begins_with_one_sentence_and_names_its_parts(name):
+    """Each part that the learner is made of is named, by this file or by that of a method it extends."""
+    kind = method_class(name)
+    text = inspect.cleandoc(importlib.import_module(kind.__module__).__doc__)
+    first, blank, *_ = text.splitlines()
+    assert first.endswith(".") and len(first) <= 120 and blank == ""
+    named = [
+        word for word in text.partition("Shared parts")[2].partition("References:")[0].split() if "lamina." in word
+    ]
+    for word in named:
+        module, _, attribute = word.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute), word
+    everything = " ".join(
+        importlib.import_module(parent.__module__).__doc__ or ""
+        for parent in kind.__mro__
+        if parent.__module__.startswith("lamina.methods.")
+    )
+    learner = finished(name).learner
+    parts = [learner.model.head, learner.model.prompts, *learner.protections]
+    for part in filter(lambda part: part is not None, parts):
+        assert f"{type(part).__module__}.{type(part).__qualname__}" in everything

@@ -1,0 +1,89 @@
+"""Heads grow by task and keep what they learned: F 6 features, tasks of 2, 3 and 1 classes."""
+
+import pytest
+import torch
+
+from lamina.heads.linear import LinearHead
+from lamina.heads.statistics import NearestMean
+
+TASKS = [["a", "b"], ["c", "d", "e"], ["f"]]
+
+
+@pytest.fixture
+def features():
+    return torch.randn(4, 6)
+
+
+def test_a_task_adds_its_columns_and_leaves_earlier_ones_as_they_were(features):
+    head = LinearHead(6)
+    before = torch.empty(4, 0)
+    for index, classes in enumerate(TASKS):
+        head.begin_task(index, classes)
+        logits = head(features).logits
+        assert logits.shape == (4, sum(map(len, TASKS[: index + 1])))
+        assert torch.equal(logits[:, : before.shape[1]], before)
+        before = logits
+
+
+def test_columns_of_a_task_are_its_own_layer(features):
+    head = LinearHead(6)
+    for index, classes in enumerate(TASKS):
+        head.begin_task(index, classes)
+    torch.testing.assert_close(head(features).logits[:, 2:5], head.blocks[1](features))
+
+
+def test_only_the_newest_columns_are_trained():
+    head = LinearHead(6)
+    for index, classes in enumerate(TASKS):
+        head.begin_task(index, classes)
+        assert [p.requires_grad for p in head.parameters()] == [False] * (2 * index) + [True, True]
+
+
+def test_a_new_block_starts_small_and_without_bias():
+    head = LinearHead(600)
+    head.begin_task(0, [str(i) for i in range(50)])
+    assert head.blocks[0].weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert not head.blocks[0].bias.any()
+
+
+def means_after(batches, tasks=TASKS[:2]):
+    head = NearestMean(6)
+    for index, classes in enumerate(tasks):
+        head.begin_task(index, classes)
+    head.begin_look()
+    for features, columns in batches:
+        head.collect(features, columns)
+    head.end_look(lambda total: total)
+    return head
+
+
+def test_an_image_gets_the_class_whose_mean_direction_is_nearest():
+    features, columns = torch.randn(40, 6), torch.arange(40) % 5
+    head = means_after([(features, columns)])
+    unit = features / features.norm(dim=1, keepdim=True)
+    means = torch.stack([unit[columns == c].mean(0) for c in range(5)])
+    expected = unit @ (means / means.norm(dim=1, keepdim=True)).T
+    torch.testing.assert_close(head(features).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_means_do_not_depend_on_the_split_into_batches():
+    features, columns = torch.randn(40, 6), torch.arange(40) % 5
+    whole = means_after([(features, columns)])
+    parts = means_after([(features[:7], columns[:7]), (features[7:], columns[7:])])
+    torch.testing.assert_close(whole.sums, parts.sums, rtol=0, atol=1e-12)
+    assert torch.equal(whole.counts, parts.counts)
+
+
+def test_length_of_features_does_not_matter():
+    features, columns = torch.randn(40, 6), torch.arange(40) % 5
+    stretched = features * torch.rand(40, 1).add(0.5)
+    torch.testing.assert_close(
+        means_after([(features, columns)]).sums, means_after([(stretched, columns)]).sums, rtol=0, atol=1e-6
+    )
+
+
+def test_new_classes_leave_old_means_alone():
+    head = means_after([(torch.randn(10, 6), torch.arange(10) % 5)])
+    before = head.sums.clone()
+    head.begin_task(2, TASKS[2])
+    assert torch.equal(head.sums[:5], before) and head.sums.shape == (6, 6)

@@ -1,0 +1,92 @@
+"""Steps and gradients under a projection: M 3 prompt tokens, D 5 channels."""
+
+import pytest
+import torch
+from torch import nn
+
+from lamina.protections.projection import Projection, projected_gradients, projected_steps
+
+
+def pair():
+    """A protected and an unprotected parameter, twice over, with equal values."""
+    torch.manual_seed(1)
+    values = torch.randn(3, 5), torch.randn(4)
+    return [[nn.Parameter(value.clone()) for value in values] for _ in range(2)]
+
+
+def steps(parameters, optimizer, count=4):
+    """Take steps along gradients that depend on the number of the step alone."""
+    for number in range(count):
+        generator = torch.Generator().manual_seed(number)
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+
+
+def adam(parameters):
+    return torch.optim.Adam(parameters, lr=0.1, weight_decay=0.05)
+
+
+def projection():
+    left, right = torch.randn(3, 3), torch.randn(5, 5)
+    return Projection(left @ left.T, right @ right.T)
+
+
+def test_the_identity_leaves_adam_alone():
+    ours, plain = pair()
+    optimizer = adam(ours)
+    with projected_steps(optimizer, {ours[0]: Projection(torch.eye(3), torch.eye(5))}):
+        steps(ours, optimizer, 10)
+    steps(plain, adam(plain), 10)
+    torch.testing.assert_close(ours[0], plain[0], rtol=0, atol=1e-6)
+
+
+def test_a_step_is_the_projection_of_adams_step():
+    ours, plain = pair()
+    start, optimizer, mapping = ours[0].detach().clone(), adam(ours), projection()
+    with projected_steps(optimizer, {ours[0]: mapping}):
+        steps(ours, optimizer, 1)
+    steps(plain, adam(plain), 1)
+    expected = start + mapping.left @ (plain[0] - start) @ mapping.right
+    torch.testing.assert_close(ours[0].detach(), expected.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_adams_moments_see_raw_gradients_and_other_parameters_are_untouched():
+    ours, plain = pair()
+    optimizer, reference = adam(ours), adam(plain)
+    with projected_steps(optimizer, {ours[0]: projection()}):
+        steps(ours, optimizer, 1)
+    steps(plain, reference, 1)
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(optimizer.state[ours[0]][name], reference.state[plain[0]][name])
+    assert torch.equal(ours[1], plain[1])
+    assert not torch.allclose(ours[0], plain[0])
+
+
+def test_outside_the_guard_steps_are_free_again():
+    ours, plain = pair()
+    optimizer = torch.optim.SGD(ours, lr=0.1)
+    with projected_steps(optimizer, {ours[0]: Projection(torch.zeros(3, 3))}):
+        steps(ours, optimizer, 2)
+    assert torch.equal(ours[0], plain[0])
+    steps(ours, optimizer, 1)
+    assert not torch.allclose(ours[0], plain[0])
+
+
+def test_for_sgd_projected_gradients_and_projected_steps_agree_and_for_adam_they_do_not():
+    mapping = projection()
+    for make, agree in ((lambda p: torch.optim.SGD(p, lr=0.1), True), (adam, False)):
+        ours, other = pair()
+        first, second = make(ours), make(other)
+        with projected_steps(first, {ours[0]: mapping}), projected_gradients(second, {other[0]: mapping}):
+            steps(ours, first)
+            steps(other, second)
+        assert torch.allclose(ours[0], other[0], rtol=1e-3, atol=1e-3) == agree
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_one_side_may_be_missing(side):
+    step = torch.randn(2, 3, 5)
+    matrix = torch.randn(*{"left": (3, 3), "right": (5, 5)}[side])
+    expected = matrix @ step if side == "left" else step @ matrix
+    torch.testing.assert_close(Projection(**{side: matrix})(step), expected)

@@ -1,0 +1,101 @@
+"""benchmarks/tables.py: README.md holds what the results say, or the check fails."""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "tables.py"
+README = "# lamina\n\n<!-- table: demo -->\nold\n<!-- /table -->\n\nThe end.\n"
+TABLE = """| method | accuracy (%) | forgetting (%) | n |
+|---|---:|---:|---:|
+| vpt-nsp2 | 85.2 ± 1.0 | 9.0 ± 1.0 | 3 |
+
+Mean ± sample standard deviation over n seeds, in percent; kind class-incremental, tasks 4, \
+test batch independent, skipped images 0; backbone `lamina:vit-nano`; 2 cores of a test machine; \
+commit `07b52d9`.
+"""
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("benchmark_tables", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def call(script, tmp_path, capsys):
+    """Run the script on a README and records; return exit status, README and what was said."""
+
+    def run(records, *options, readme=README):
+        path = tmp_path / "README.md"
+        path.write_text(readme)
+        if records is not None:
+            values = {"records": [record.as_dict() for record in records]}
+            (tmp_path / "demo.json").write_text(json.dumps(values))
+        status = script.main([*options, "--readme", str(path), "--results", str(tmp_path)])
+        said = capsys.readouterr()
+        return status, path.read_text(), said.out + said.err
+
+    return run
+
+
+def test_a_block_is_rewritten_and_the_rest_is_left(call, seeds):
+    status, text, said = call(seeds)
+    assert (status, said) == (0, "README.md: table 'demo' rewritten\n")
+    assert text == README.replace("old\n", TABLE)
+
+
+def test_a_stale_block_fails_the_check_and_nothing_is_written(call, seeds):
+    status, text, said = call(seeds, "--check")
+    assert (status, text) == (1, README)
+    assert said == "README.md: table 'demo' is stale; run python benchmarks/tables.py\n"
+
+
+def test_a_fresh_block_passes_the_check(call, seeds):
+    fresh = README.replace("old\n", TABLE)
+    assert call(seeds, "--check", readme=fresh) == (0, fresh, "")
+
+
+def test_commits_and_hardware_that_differ_are_all_in_the_caption(call, seeds):
+    records = [*seeds[:2], dataclasses.replace(seeds[2], commit=None, hardware="one H200")]
+    _, text, _ = call(records)
+    assert "2 cores of a test machine / one H200; commit `07b52d9` / unknown." in text
+
+
+@pytest.mark.parametrize(
+    ("readme", "message"),
+    [
+        (
+            README.replace("demo", "dem"),
+            "no table is called 'dem'; did you mean 'demo'? Known: demo, tiny-odd-10",
+        ),
+        (
+            README.replace("<!-- /table -->", ""),
+            "each '<!-- table: NAME -->' needs a '<!-- /table -->'; got 1 and 0",
+        ),
+    ],
+)
+def test_a_block_that_cannot_be_made_leaves_the_file(call, seeds, readme, message):
+    assert call(seeds, readme=readme) == (2, readme, f"{message}\n")
+
+
+def test_results_that_are_missing_are_named(call, tmp_path):
+    path = tmp_path / "demo.json"
+    assert call(None) == (2, README, f"{path} cannot be read: No such file or directory\n")
+
+
+def test_a_seed_that_is_there_twice_is_refused(call, seeds):
+    status, _, said = call([*seeds, seeds[1]])
+    assert (status, said) == (2, "vpt-nsp2 has seed 1 with order 7 twice; keep one run\n")
+
+
+def test_an_unfinished_run_is_refused(call, seeds, make_record):
+    status, _, said = call([*seeds, make_record([[0.5]], finished=False, seed=6)])
+    assert (status, said) == (2, "vpt-nsp2 with seed 6 is not finished; run it to its end\n")

@@ -1,0 +1,177 @@
+"""`plan`: from a method's name and some words to the settings of a run; recipes, overrides, folders."""
+
+import json
+import signal
+
+import pytest
+
+import lamina.runs
+from lamina.config import write_toml
+from lamina.errors import ConfigError, LaminaError, ResumeError
+from lamina.registry import method_class
+from lamina.runs import RECIPES, RunSettings, execute, plan, resumable
+
+NAME = "digits"
+
+
+@pytest.fixture
+def recipes(tmp_path, monkeypatch):
+    """One recipe: VPT-deep on digits."""
+    folder = tmp_path / "recipes" / "vpt-deep"
+    folder.mkdir(parents=True)
+    (folder / "digits.toml").write_text(
+        '# a recipe\nversion = 1\nmethod = "vpt-deep"\naugmentation = "flip"\nseed = 5\n'
+        '[stream]\nname = "digits"\nper_class = 7\n[settings]\nlength = 6\nlr = 0.5\n'
+    )
+    monkeypatch.setattr(lamina.runs, "RECIPES", tmp_path / "recipes")
+    return folder
+
+
+def test_without_a_recipe_everything_has_its_default():
+    run, path = plan("nearest-mean", "digits")
+    assert path is None
+    assert run == RunSettings(method="nearest-mean", stream={"name": "digits"})
+    assert (run.backbone, run.seed, run.augmentation, run.settings) == ("lamina:vit-nano", 0, "crop-flip", {})
+
+
+def test_the_recipe_for_method_and_stream_is_the_starting_point(recipes):
+    run, path = plan("vpt-deep", "digits")
+    assert path == recipes / "digits.toml"
+    assert (run.augmentation, run.seed, run.stream.per_class) == ("flip", 5, 7)
+    assert run.settings == {"length": 6, "lr": 0.5}
+
+
+@pytest.mark.parametrize(("method", "stream"), [("vpt-nsp2", "digits"), ("vpt-deep", "cifar10")])
+def test_a_recipe_is_for_its_own_method_and_stream(recipes, method, stream):
+    run, path = plan(method, stream)
+    assert path is None and run.settings == {} and run.augmentation == "crop-flip"
+
+
+def test_no_recipe_is_used_when_none_is_wanted(recipes):
+    run, path = plan("vpt-deep", "digits", recipe=False)
+    assert path is None and run.settings == {} and run.seed == 0
+
+
+def test_a_recipe_can_be_given_by_its_path_even_when_none_is_looked_up(recipes):
+    by_path, path = plan(str(recipes / "digits.toml"), recipe=False)
+    assert path == recipes / "digits.toml"
+    assert by_path == plan("vpt-deep", "digits")[0]
+    assert plan(str(path), "cifar10")[0].stream.name == "cifar10"
+
+
+def test_overrides_have_the_last_word_and_leave_the_rest_of_the_recipe(recipes):
+    overrides = {"seed": 8, "stream": {"test_per_class": 2, "order_seed": 4}, "lr": 0.25, "workers": 1}
+    overrides["settings"] = {"epochs": 3}
+    run, _ = plan("vpt-deep", "digits", overrides=overrides)
+    assert (run.seed, run.workers, run.augmentation) == (8, 1, "flip")
+    assert (run.stream.name, run.stream.per_class, run.stream.test_per_class) == ("digits", 7, 2)
+    assert run.settings == {"length": 6, "lr": 0.25, "epochs": 3}
+    run, _ = plan("vpt-deep", "digits", overrides={"stream": {"per_class": 9}, "settings": {"length": 8}})
+    assert run.stream.per_class == 9 and run.settings == {"length": 8, "lr": 0.5}
+
+
+def test_a_recipe_for_another_backbone_is_not_used(recipes):
+    path = recipes / "digits.toml"
+    path.write_text('backbone = "timm:vit_tiny_patch16_224@random"\n' + path.read_text())
+    assert plan("vpt-deep", "digits")[0].backbone == "timm:vit_tiny_patch16_224@random"
+    run, used = plan("vpt-deep", "digits", overrides={"backbone": "lamina:vit-nano"})
+    assert used is None and run.settings == {} and run.backbone == "lamina:vit-nano"
+
+
+def test_every_recipe_that_ships_can_be_planned():
+    found = sorted(RECIPES.rglob("*.toml"))
+    assert found
+    for path in found:
+        run, used = plan(str(path))
+        assert used == path and run.method == path.parent.name
+        assert method_class(run.method)(**run.settings)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "overrides", "message"),
+    [
+        (
+            ("vpt-nps2", "digits"),
+            {},
+            "no method is called 'vpt-nps2'; did you mean 'vpt-nsp2'? Known: joint, linear-probe, nearest-mean, "
+            "vpt-deep, vpt-nsp2",
+        ),
+        (("joint",), {}, "a run needs a stream: --stream NAME; `lamina list streams` shows what there is"),
+        (
+            ("vpt-deep", "digits"),
+            {"lenght": 3},
+            "VPTDeep: no setting is called 'lenght'; did you mean 'length'? Known: batch_size, epochs, length, lr, "
+            "temperature, weight_decay",
+        ),
+        (("vpt-deep", "digits"), {"lr": 0}, "VPTDeep.lr must be above 0.0; got 0"),
+        (("vpt-deep", "digits"), {"seed": -1}, "RunSettings.seed must be at least 0; got -1"),
+        (("vpt-deep", "digits"), {"stream": {"per_class": 0}}, "StreamSettings.per_class must be at least 1; got 0"),
+        (
+            ("vpt-deep", "digits"),
+            {"precision": "16"},
+            "RunSettings.precision must be 'auto', 'bf16' or '32'; got '16'",
+        ),
+    ],
+)
+def test_a_wrong_plan_says_what_would_be_right(arguments, overrides, message):
+    with pytest.raises(ConfigError) as error:
+        plan(*arguments, overrides=overrides)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("overrides", [{"stream": "digits"}, {"settings": 3}, {"stream": 3}])
+def test_a_plain_value_where_settings_belong_is_our_error_or_understood(overrides):
+    """As typed: `--set stream=digits`."""
+    try:
+        run, _ = plan("vpt-deep", "digits", overrides=overrides)
+    except ConfigError as error:
+        assert "\n" not in str(error)
+    else:
+        assert run.stream.name == "digits"
+
+
+# ── folders ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_settings_of_a_run_come_back_from_its_folder(tmp_path):
+    run, _ = plan("vpt-deep", "digits", overrides={"lr": 0.25, "stream": {"tasks": [4, 6]}})
+    write_toml(tmp_path / "settings.toml", {"run": run.model_dump(), "command": "lamina run"})
+    assert resumable(tmp_path) == run
+
+
+def test_a_folder_without_a_run_cannot_be_resumed(tmp_path):
+    with pytest.raises(ResumeError) as error:
+        resumable(tmp_path)
+    assert str(error.value) == (
+        f"{tmp_path} holds no run: there is no settings.toml in it; start one with `lamina run`"
+    )
+
+
+def test_settings_that_a_crash_cut_short_are_our_error(tmp_path):
+    """The first thing that a run writes; a kill in that moment may leave an empty file."""
+    (tmp_path / "settings.toml").write_text("")
+    with pytest.raises(LaminaError) as error:
+        resumable(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.fixture
+def small():
+    return plan("nearest-mean", "digits", overrides={"stream": {"per_class": 2, "test_per_class": 1}})[0]
+
+
+def test_a_run_leaves_signals_as_it_found_them(small, tmp_path):
+    """Else a notebook that ran lamina can no longer be asked to end."""
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    try:
+        execute(small, tmp_path / "run")
+        assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGUSR1), before, strict=True):
+            signal.signal(number, handler)
+
+
+def test_the_record_that_is_returned_is_the_one_in_the_folder(small, tmp_path):
+    record = execute(small, tmp_path / "run", command="some words")
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == record.as_dict()
+    assert record.command == "some words" and record.finished
