@@ -6,6 +6,7 @@ LaminaError
 ├── ShapeError           a tensor does not have the shape that the docstring promises
 ├── DataError            a data set or stream is missing, broken or not what the method needs
 ├── ResumeError          a checkpoint does not belong to this run
+├── ModelFileError       a model file is broken, too new, or does not fit its method or backbone
 ├── TrainingError        training cannot go on: the loss is not finite
 └── StorageError         a file could not be written; what was saved before is still there
 
@@ -41,6 +42,10 @@ class DataError(LaminaError, ValueError):
 
 class ResumeError(LaminaError, RuntimeError):
     """A checkpoint does not belong to this run."""
+
+
+class ModelFileError(LaminaError, ValueError):
+    """A model file is broken, too new, or does not fit its method or backbone."""
 
 
 class TrainingError(LaminaError, ArithmeticError):

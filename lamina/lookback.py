@@ -8,7 +8,7 @@ protections that keep what old images look at. One pass serves them all.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -22,7 +22,8 @@ class Watcher:
     """Someone who learns from the look back; each call does nothing unless overridden.
 
     What is gathered during the pass must be a *sum* over images, so that it depends neither on the
-    split into batches nor on the number of processes.
+    split into batches nor on the number of processes. What is remembered goes in and out by
+    `state_dict`: tensors, numbers and strings, in dictionaries and lists.
 
     Attributes:
         looks_at: "nothing" needs no pass at all, "features" sees pooled features, "probes" sees blocks.
@@ -41,3 +42,14 @@ class Watcher:
 
     def end_look(self, reduce: Reduce) -> None:
         """Make what was gathered part of what is remembered; called once per task in any case."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what must be remembered."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned.
+
+        Raises:
+            ShapeError: when a tensor in it does not fit.
+        """

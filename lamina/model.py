@@ -58,7 +58,7 @@ class PromptedModel(nn.Module):
         """Let prompts and head grow for a task; called once per task, in order."""
         if self.prompts is not None:
             self.prompts.begin_task(task.index)
-        self.head.begin_task(task.index, task.classes)
+        self.head.begin_task(task.index, task.classes, task.columns)
 
     def learned(self) -> dict[str, Tensor]:
         """Return everything that is not the frozen tower, by name."""

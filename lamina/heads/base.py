@@ -18,11 +18,17 @@ class Scores:
     terms: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Head(nn.Module, Watcher):
+class Head(nn.Module, Watcher):  # type: ignore[misc]  # what is remembered is a module's own state_dict
     """Features (B, F) to scores over every class met so far, in order of arrival."""
 
-    def begin_task(self, index: int, classes: Sequence[str]) -> None:
-        """Add a column for each of `classes` and freeze what must not move any more."""
+    def begin_task(self, index: int, classes: Sequence[str], columns: Sequence[int]) -> None:
+        """Add a column for each new class and freeze what must not move any more.
+
+        Args:
+            classes: names of the task's classes.
+            columns: their places; new ones go on counting where the last task ended, a class met before
+                comes with the column it has.
+        """
         raise NotImplementedError
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Scores:

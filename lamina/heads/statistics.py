@@ -32,9 +32,9 @@ class NearestMean(Head):
         self.register_buffer("counts", torch.zeros(0, dtype=torch.float64))
         self.begin_look()
 
-    def begin_task(self, index: int, classes: Sequence[str]) -> None:
-        self.sums = F.pad(self.sums, (0, 0, 0, len(classes)))
-        self.counts = F.pad(self.counts, (0, len(classes)))
+    def begin_task(self, index: int, classes: Sequence[str], columns: Sequence[int]) -> None:
+        new = max(0, max(columns) + 1 - len(self.counts))
+        self.sums, self.counts = F.pad(self.sums, (0, 0, 0, new)), F.pad(self.counts, (0, new))
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Scores:
         means = F.normalize(self.sums / self.counts.clamp_min(1)[:, None], dim=-1).to(features.dtype)

@@ -2,22 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lamina.lookback import Watcher
 from lamina.model import PromptedModel
+from lamina.prompts.base import PromptModule
+
+
+class Room(NamedTuple):
+    """How much freedom old tasks leave to a step at one block.
+
+    Attributes:
+        layer: index of the block, from 0.
+        what: what the directions are of: "channels" or "tokens".
+        used: directions that old tasks use, of `size` in all.
+        kept: share in [0, 1] of the second moment that lies in the used ones; the rest is given away.
+    """
+
+    layer: int
+    what: str
+    used: int
+    size: int
+    kept: float
+
+
+class Felt(NamedTuple):
+    """How much some images feel a move of the prompts at one block, to first order.
+
+    Attributes:
+        layer: index of the block, from 0.
+        step: length of the move.
+        moved: proportional to the squared change of what the block hands on, summed over the images.
+        worst: the same for the worst move of that length.
+    """
+
+    layer: int
+    step: float
+    moved: float
+    worst: float
 
 
 class Protection(Watcher):
     """Keeps old knowledge in place while a new task is learned.
 
     For every task the loop asks it for loss terms, lets it guard the optimizer, and shows it the
-    finished task once more (see `Watcher`). Each does nothing unless overridden. What a protection
-    remembers goes in and out by `state_dict`: tensors, numbers and strings only.
+    finished task once more (see `Watcher`). Each does nothing unless overridden.
     """
 
     def terms(self, model: PromptedModel) -> dict[str, Tensor]:
@@ -28,9 +62,14 @@ class Protection(Watcher):
         """Constrain every step that `optimizer` takes inside this context."""
         return nullcontext()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what must be remembered."""
-        return {}
+    def room(self) -> list[Room]:
+        """Return how much freedom is left for new tasks; empty where nothing is constrained."""
+        return []
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+    def felt(self, before: PromptModule, images: Mapping[str, Any]) -> list[Felt]:
+        """Return how much images feel the move of the prompts from `before` to now; empty if it cannot say.
+
+        Args:
+            images: what this protection remembers of them, as from `state_dict`.
+        """
+        return []

@@ -14,7 +14,7 @@ from torch import Tensor
 from lamina.errors import ResumeError
 from lamina.storage import write_whole
 
-FORMAT = 1
+FORMAT = 2
 STATE, LEARNED = "state.pt", "learned.safetensors"
 
 

@@ -24,7 +24,8 @@ def launch(
     outside = "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_NTASKS" in os.environ
     strategy = "auto" if not several else "ddp" if outside or nodes > 1 else "ddp_spawn"
     fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, strategy=strategy)
-    return fabric.launch(_together, work, *arguments)
+    everyone: Any = _together  # Fabric's type for it leaves out the arguments
+    return fabric.launch(everyone, work, *arguments)
 
 
 def _together(fabric: Fabric, work: Callable[..., Any], *arguments: Any) -> Any:

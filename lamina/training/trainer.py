@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from lamina.data.stream import Stream, Task
 from lamina.errors import ResumeError, TrainingError
 from lamina.learner import Learner, Phase
+from lamina.lookback import Watcher
 from lamina.seeds import seed_at
 from lamina.training import checkpoint
 from lamina.training.evaluation import accuracies, summed
@@ -57,6 +58,7 @@ class Trainer:
         checkpoint_every: steps between checkpoints; 0 saves at the end of each phase and task alone.
         identity: what a checkpoint must share with this run: settings, stream, backbone.
         progress: told how far the run is.
+        observers: who else learns from the look back, beside head and protections.
 
     Attributes:
         position: the next step to take.
@@ -76,6 +78,7 @@ class Trainer:
         checkpoint_every: int = 0,
         identity: dict[str, Any] | None = None,
         progress: Progress | None = None,
+        observers: Sequence[Watcher] = (),
     ) -> None:
         self.learner, self.feed, self.seed, self.run_dir, self.every = (
             learner,
@@ -87,6 +90,7 @@ class Trainer:
         self.fabric = fabric or Fabric(accelerator="cpu", devices=1)
         self.identity = {"seed": seed, **(identity or {})}
         self.progress = progress or Progress()
+        self.observers = observers
         self.log = Log(run_dir if self.fabric.is_global_zero else None)
         self.position = Position()
         self.matrix: list[list[float]] = []
@@ -148,6 +152,10 @@ class Trainer:
             )
         self.matrix.append(row)
         self.matrix_task_aware.append(aware)
+
+    @property
+    def _remembering(self) -> list[Watcher]:
+        return [*self.learner.protections, *self.observers]
 
     # ── one task ───────────────────────────────────────────────────────────────────────────────────
 
@@ -221,7 +229,7 @@ class Trainer:
     @torch.no_grad()
     def _look_back(self, task: Task, tasks: int) -> None:
         """Show the finished task once more, without augmentation, to everyone who learns from that."""
-        model, watchers = self.learner.model, [self.learner.model.head, *self.learner.protections]
+        model, watchers = self.learner.model, [self.learner.model.head, *self._remembering]
         model.eval()
         probing = [watcher for watcher in watchers if watcher.looks_at == "probes"]
         reading = [watcher for watcher in watchers if watcher.looks_at == "features"]
@@ -264,7 +272,7 @@ class Trainer:
             "matrix_task_aware": self.matrix_task_aware,
             "seconds": self.seconds,
             "learned": self.learner.model.learned(),
-            "protections": [protection.state_dict() for protection in self.learner.protections],
+            "memory": self.memory(),
             "optimizer": optimizer.state_dict() if optimizer is not None else None,
         }
         checkpoint.save(self.run_dir, state)
@@ -283,17 +291,38 @@ class Trainer:
         self.matrix, self.matrix_task_aware = state["matrix"], state["matrix_task_aware"]
         self.seconds = state["seconds"]
         stages = [stream.merged()] if self.learner.at_once else list(stream)
-        self._begin(stages[: state["begun"]])
-        model = self.learner.model
-        missing, surplus = model.load_state_dict(state["learned"], strict=False)
-        lost = [name for name in missing if not name.startswith("tower.")] + surplus
-        if lost:
-            raise ResumeError(f"{self.run_dir} holds other tensors than this run needs; the first is {lost[0]!r}")
-        for protection, saved in zip(self.learner.protections, state["protections"], strict=True):
-            protection.load_state_dict(saved)
+        self._recall(stages[: state["begun"]], state["learned"], state["memory"])
         self._optimizer_state = state["optimizer"]
         self.log.cut(self.position)
         return True
+
+    def adopt(self, tasks: Sequence[Task], learned: Mapping[str, Tensor], memory: Sequence[dict[str, Any]]) -> None:
+        """Take over what an earlier run learned from `tasks`; the next task to learn is the one after them.
+
+        Args:
+            tasks: in order; their images are not needed.
+            learned: as from `PromptedModel.learned`.
+            memory: as from `memory`.
+
+        Raises:
+            ResumeError: when the tensors are others than this method has after these tasks.
+        """
+        self._recall(tasks, learned, memory)
+        self.position = Position(len(tasks))
+
+    def memory(self) -> list[dict[str, Any]]:
+        """Return what protections and observers remember of the tasks so far."""
+        return [watcher.state_dict() for watcher in self._remembering]
+
+    def _recall(self, tasks: Sequence[Task], learned: Mapping[str, Tensor], memory: Sequence[dict[str, Any]]) -> None:
+        self._begin(tasks)
+        model = self.learner.model
+        missing, surplus = model.load_state_dict(learned, strict=False)
+        lost = [name for name in missing if not name.startswith("tower.")] + surplus
+        if lost:
+            raise ResumeError(f"{self.run_dir} holds other tensors than this run needs; the first is {lost[0]!r}")
+        for watcher, saved in zip(self._remembering, memory, strict=True):
+            watcher.load_state_dict(saved)
 
 
 class _Stopwatch:

@@ -7,6 +7,7 @@ from lamina.heads.linear import LinearHead
 from lamina.heads.statistics import NearestMean
 
 TASKS = [["a", "b"], ["c", "d", "e"], ["f"]]
+COLUMNS = [[0, 1], [2, 3, 4], [5]]
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def test_a_task_adds_its_columns_and_leaves_earlier_ones_as_they_were(features):
     head = LinearHead(6)
     before = torch.empty(4, 0)
     for index, classes in enumerate(TASKS):
-        head.begin_task(index, classes)
+        head.begin_task(index, classes, COLUMNS[index])
         logits = head(features).logits
         assert logits.shape == (4, sum(map(len, TASKS[: index + 1])))
         assert torch.equal(logits[:, : before.shape[1]], before)
@@ -28,20 +29,43 @@ def test_a_task_adds_its_columns_and_leaves_earlier_ones_as_they_were(features):
 def test_columns_of_a_task_are_its_own_layer(features):
     head = LinearHead(6)
     for index, classes in enumerate(TASKS):
-        head.begin_task(index, classes)
+        head.begin_task(index, classes, COLUMNS[index])
     torch.testing.assert_close(head(features).logits[:, 2:5], head.blocks[1](features))
 
 
 def test_only_the_newest_columns_are_trained():
     head = LinearHead(6)
     for index, classes in enumerate(TASKS):
-        head.begin_task(index, classes)
+        head.begin_task(index, classes, COLUMNS[index])
         assert [p.requires_grad for p in head.parameters()] == [False] * (2 * index) + [True, True]
+
+
+def test_a_class_met_again_goes_on_from_where_it_was_in_a_block_that_is_trained(features):
+    head = LinearHead(6)
+    for index, classes in enumerate(TASKS):
+        head.begin_task(index, classes, COLUMNS[index])
+    before = head(features).logits
+    head.begin_task(3, ["g", "d", "a"], [6, 3, 0])
+    after = head(features).logits
+    assert after.shape == (4, 7) and torch.equal(after[:, :6], before)
+    head.blocks[3].bias.data += torch.tensor([10.0, 20.0, 30.0])
+    torch.testing.assert_close((head(features).logits - after)[0].round(), torch.tensor([30.0, 0, 0, 20, 0, 0, 10]))
+    assert [p.requires_grad for p in head.parameters()] == [False] * 6 + [True, True]
+
+
+def test_a_class_met_a_third_time_goes_on_from_the_second(features):
+    head = LinearHead(6)
+    head.begin_task(0, ["a", "b"], [0, 1])
+    head.begin_task(1, ["b"], [1])
+    head.blocks[1].bias.data += 5
+    before = head(features).logits
+    head.begin_task(2, ["b", "a"], [1, 0])
+    assert torch.equal(head(features).logits, before)
 
 
 def test_a_new_block_starts_small_and_without_bias():
     head = LinearHead(600)
-    head.begin_task(0, [str(i) for i in range(50)])
+    head.begin_task(0, [str(i) for i in range(50)], range(50))
     assert head.blocks[0].weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert not head.blocks[0].bias.any()
 
@@ -49,7 +73,7 @@ def test_a_new_block_starts_small_and_without_bias():
 def means_after(batches, tasks=TASKS[:2]):
     head = NearestMean(6)
     for index, classes in enumerate(tasks):
-        head.begin_task(index, classes)
+        head.begin_task(index, classes, COLUMNS[index])
     head.begin_look()
     for features, columns in batches:
         head.collect(features, columns)
@@ -82,8 +106,20 @@ def test_length_of_features_does_not_matter():
     )
 
 
+def test_a_class_met_again_adds_to_its_mean_and_gets_no_second_column():
+    first, second = torch.randn(10, 6), torch.randn(3, 6)
+    head = means_after([(first, torch.arange(10) % 5)])
+    head.begin_task(2, ["d", "f"], [3, 5])
+    head.begin_look()
+    head.collect(second, torch.tensor([3, 5, 3]))
+    head.end_look(lambda total: total)
+    unit = torch.nn.functional.normalize(torch.cat([first[3::5], second[::2]]).double(), dim=-1)
+    assert head.counts.tolist() == [2, 2, 2, 4, 2, 1]
+    torch.testing.assert_close(head.sums[3], unit.sum(0), rtol=0, atol=1e-12)
+
+
 def test_new_classes_leave_old_means_alone():
     head = means_after([(torch.randn(10, 6), torch.arange(10) % 5)])
     before = head.sums.clone()
-    head.begin_task(2, TASKS[2])
+    head.begin_task(2, TASKS[2], COLUMNS[2])
     assert torch.equal(head.sums[:5], before) and head.sums.shape == (6, 6)

@@ -2,19 +2,26 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from lamina.backbones.tower import Probe
+from lamina.errors import ShapeError
 from lamina.prompts.deep import DeepPrompts
 from lamina.protections.null_space import NullSpace
+from lamina.protections.spectrum import nullity
 
 
 class Block:
+    heads = 2
+
     def __init__(self, generator):
         self.key_weight = torch.randn(6, 6, generator=generator)
 
 
 class FakeTower:
     """Two blocks with key weights; all that the protection asks of a tower."""
+
+    width = 6
 
     def __init__(self):
         generator = torch.Generator().manual_seed(5)
@@ -146,10 +153,95 @@ def test_used_directions_are_shut_and_free_ones_open(tower):
     assert right.norm() == pytest.approx(1.0, abs=1e-5)
 
 
+def test_what_is_remembered_is_exactly_symmetric(tower):
+    null_space = looked(protection(tower), probe(tower, 0, 4), probe(tower, 1, 4))
+    for sums in [*null_space.queries.values(), *null_space.attention.values()]:
+        assert torch.equal(sums, sums.mT)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("queries", {0: torch.ones(2, 3, 3)}, "queries must be there for blocks [0, 1]; got [0]"),
+        ("queries", {0: torch.ones(2, 3, 3), 1: torch.ones(2, 3, 4)}, "queries of block 1 must have shape (2, 3, 3)"),
+        ("attention", {0: torch.ones(6, 6), 1: torch.ones(5, 5)}, "attention of block 0 must have shape (5, 5)"),
+    ],
+)
+def test_sums_that_do_not_fit_are_refused(tower, name, value, message):
+    state = looked(protection(tower), probe(tower, 0, 4), probe(tower, 1, 4)).state_dict()
+    with pytest.raises(ShapeError) as error:
+        protection(tower).load_state_dict({**state, name: value})
+    assert str(error.value).startswith(message)
+
+
+# ── what old images feel of a move ───────────────────────────────────────────────────────────────────
+
+
+def normalised(prompt):
+    return F.layer_norm(prompt.detach().double(), (6,))
+
+
+def moved_by(null_space, moves):
+    """Move the prompts; return them as they were."""
+    before = DeepPrompts(null_space.prompts.layers, 5, 6)
+    for layer, move in moves.items():
+        before.value(layer).data.copy_(null_space.prompts.value(layer))
+        null_space.prompts.value(layer).data += move
+    return before
+
+
+def test_what_images_feel_is_the_sum_over_rows_that_the_docstring_defines(tower):
+    seen = [probe(tower, 0, 4), probe(tower, 1, 4, seed=3)]
+    null_space = looked(protection(tower), *seen)
+    before = moved_by(null_space, {0: torch.randn(5, 6), 1: 0.1 * torch.randn(5, 6)})
+    for felt, block in zip(null_space.felt(before, null_space.state_dict()), seen, strict=True):
+        new = normalised(null_space.prompts.value(felt.layer))
+        move = new - normalised(before.value(felt.layer))
+        weights = block.to_prompts.double().flatten(0, 2)  # rows: image, head, token
+        keys = (move @ block.key_weight.double().T).unflatten(-1, (2, 3))  # (M, H, d)
+        logits = torch.einsum("bhnd,mhd->bhnm", block.queries.double(), keys).flatten(0, 2) / 3**0.5
+        values = (weights @ move).square().sum()
+        swings = (weights.square().sum(0) * logits.square().mean(0) * new.square().sum(-1)).sum()
+        assert felt.moved == pytest.approx(float(values + swings), rel=1e-5)
+        assert felt.step == pytest.approx(float(move.norm()), rel=1e-9)
+
+
+def test_images_feel_nothing_where_nothing_moved(tower):
+    null_space = looked(protection(tower), probe(tower, 0, 4), probe(tower, 1, 4))
+    before = moved_by(null_space, {0: torch.zeros(5, 6), 1: torch.ones(5, 6)})  # the norm takes a shift away
+    for felt in null_space.felt(before, null_space.state_dict()):
+        assert felt.moved < 1e-9 and felt.step < 1e-5
+
+
+def test_no_move_of_that_length_is_felt_more_than_the_worst(tower):
+    null_space = looked(protection(tower), probe(tower, 0, 4), probe(tower, 1, 4))
+    for scale in (0.01, 0.3, 2.0):
+        before = moved_by(null_space, {0: scale * torch.randn(5, 6), 1: scale * torch.randn(5, 6)})
+        assert all(0 < felt.moved <= felt.worst for felt in null_space.felt(before, null_space.state_dict()))
+
+
+def test_room_counts_the_directions_that_old_images_use(tower):
+    null_space = looked(protection(tower, knee="paper"), probe(tower, 0, 4), probe(tower, 1, 4))
+    rooms = null_space.room()
+    assert [(room.layer, room.what, room.size) for room in rooms] == [
+        (0, "channels", 6), (0, "tokens", 5), (1, "channels", 6), (1, "tokens", 5)
+    ]  # fmt: skip
+    for room in rooms:
+        moment = null_space.channels(room.layer) if room.what == "channels" else null_space.attention[room.layer]
+        values = torch.linalg.eigvalsh(moment).flip(0)
+        assert room.size - room.used == nullity(values, "paper")
+        assert room.kept == pytest.approx(float(values[: room.used].sum() / values.sum()), rel=1e-9)
+
+
+def test_there_is_no_room_to_speak_of_before_a_task_is_over(tower):
+    assert protection(tower).room() == []
+
+
 def test_it_comes_back_from_a_checkpoint(tower):
     null_space = looked(protection(tower), probe(tower, 0, 4), probe(tower, 1, 4))
     again = protection(tower)
     again.load_state_dict(null_space.state_dict())
+    assert again.rows == null_space.rows == 4 * 2 * 7
     for layer in range(2):
         assert torch.equal(again.channels(layer), null_space.channels(layer))
         ours, theirs = (p.projections()[p.prompts.value(layer)] for p in (again, null_space))

@@ -35,7 +35,7 @@ class Death(BaseException):
 def test_what_is_saved_comes_back(tmp_path):
     checkpoint.save(tmp_path, state(5))
     found = checkpoint.load(tmp_path, IDENTITY)
-    assert found["format"] == 1 and tuple(found["position"]) == (0, 0, 5) and found["identity"] == IDENTITY
+    assert found["format"] == checkpoint.FORMAT and tuple(found["position"]) == (0, 0, 5) and found["identity"] == IDENTITY
     assert torch.equal(found["learned"]["x"], torch.tensor([5.0, 5.0, 5.0]))
 
 
@@ -184,7 +184,7 @@ def test_another_format_is_refused(tmp_path, contents, got):
     with pytest.raises(ResumeError) as error:
         checkpoint.load(tmp_path, IDENTITY)
     assert str(error.value) == (
-        f"{tmp_path / 'state.pt'} has checkpoint format {got}; this version of lamina reads format 1"
+        f"{tmp_path / 'state.pt'} has checkpoint format {got}; this version of lamina reads format {checkpoint.FORMAT}"
     )
 
 
