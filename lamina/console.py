@@ -10,7 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress as Bars, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
+from lamina.text import printable
 from lamina.training.progress import Progress
 
 #: seconds between two plain lines of progress
@@ -119,5 +121,6 @@ def table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
         numeric = all(isinstance(row[name], int | float | None) for row in rows)
         out.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        out.add_row(*("" if value is None else str(value) for value in row.values()))
+        # names of classes and files are foreign: no markup, no control characters
+        out.add_row(*(Text("" if value is None else printable(str(value))) for value in row.values()))
     return out

@@ -9,16 +9,12 @@ learned.safetensors    what was learned, without the frozen backbone
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import resource
-import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -213,13 +209,14 @@ def _run(
     from lamina.training import checkpoint
     from lamina.training.feed import Feed
     from lamina.training.launch import tower_dtype
+    from lamina.training.stopping import stop_signals
     from lamina.training.trainer import Trainer
 
     dtype = tower_dtype(run.precision, fabric.device)
     backbone = load_backbone(run.backbone, dtype=dtype)
     spec = InputSpec(**backbone.pixels)
     with fabric.rank_zero_first(local=True):  # the first process on a machine decodes, the others read its cache
-        stream = build_stream(run.stream, data, max_side=max(256, math.ceil(spec.size / spec.crop_pct)))
+        stream = build_stream(run.stream, data, max_side=spec.max_side)
     torch.manual_seed(seed_at(run.seed, "build"))
     method = method_class(run.method)(**run.settings)
     learner = method.build(backbone.tower)
@@ -253,7 +250,7 @@ def _run(
     trainer.restore(stream)
     if fabric.is_global_zero and not (folder / SETTINGS).exists():  # not before all that was asked for was found
         write_toml(folder / SETTINGS, {"run": run.model_dump(), "command": command})
-    with _stop_signals() as trainer.should_stop:
+    with stop_signals() as trainer.should_stop:
         trainer.run(stream)
     train = [len(task.train) for task in stream]
     test = [len(task.test) for task in stream]
@@ -301,21 +298,6 @@ def _run(
         checkpoint.save_learned(folder, learner.model.learned())
         record.write(folder / RESULTS)
     return record
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Let SIGTERM and SIGUSR1 end the run at the next step, after a checkpoint; yield who says so."""
-    asked: list[int] = []
-    before = {}
-    if threading.current_thread() is threading.main_thread():  # elsewhere, whoever runs us handles signals
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            before[number] = signal.signal(number, lambda number, frame: asked.append(number))
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _tensors(value: Any) -> list[Any]:

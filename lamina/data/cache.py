@@ -12,8 +12,9 @@ import re
 import time
 import uuid
 import zlib
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,24 @@ _STALE_SECONDS = 24 * 3600
 _MARK = b"lamina-1"
 
 
+#: where `cache_in` keeps arrays for the moment
+_HERE: ContextVar[Path | None] = ContextVar("here", default=None)
+
+
+@contextmanager
+def cache_in(folder: Path | None) -> Iterator[None]:
+    """Inside, cached arrays lie in `folder`, so that whoever owns it can throw them away; None changes nothing."""
+    token = _HERE.set(folder if folder is not None else _HERE.get())
+    try:
+        yield
+    finally:
+        _HERE.reset(token)
+
+
 def cache_root() -> Path:
-    """Return where cached arrays lie: LAMINA_CACHE, or `lamina` in the user's cache folder."""
+    """Return where cached arrays lie: as `cache_in` says, or LAMINA_CACHE, or `lamina` in the user's cache folder."""
+    if (here := _HERE.get()) is not None:
+        return here
     if own := os.environ.get("LAMINA_CACHE"):
         return Path(own).expanduser()
     return user_cache()

@@ -56,6 +56,11 @@ class InputSpec:
             raise ConfigError(f"InputSpec.mean and std have three numbers, std above 0; got {got}")
 
     @property
+    def max_side(self) -> int:
+        """The short side, in pixels, beyond which photos are kept shrunk: what the backbone looks at, at least 256."""
+        return max(256, math.ceil(self.size / self.crop_pct))
+
+    @property
     def mode(self) -> InterpolationMode:
         """The interpolation, as torchvision calls it."""
         return InterpolationMode(self.interpolation)

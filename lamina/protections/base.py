@@ -37,7 +37,7 @@ class Felt(NamedTuple):
     Attributes:
         layer: index of the block, from 0.
         step: length of the move.
-        moved: proportional to the squared change of what the block hands on, summed over the images.
+        moved: proportional to the squared change of what the block hands on, averaged over the images.
         worst: the same for the worst move of that length.
     """
 
@@ -73,3 +73,7 @@ class Protection(Watcher):
             images: what this protection remembers of them, as from `state_dict`.
         """
         return []
+
+    def since(self, memory: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return what is remembered of the images that came after `memory`, in the form of `state_dict`."""
+        return {}

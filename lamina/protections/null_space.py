@@ -106,11 +106,11 @@ class NullSpace(Protection):
 
     def felt(self, before: PromptModule, images: Mapping[str, Any]) -> list[Felt]:
         assert isinstance(before, DeepPrompts)  # what this protection was built for
-        out = []
+        out, rows = [], max(images["rows"], 1)
         for i in images["queries"]:
             old, new = (_normalised(prompts.value(i)) for prompts in (before, self.prompts))
-            queries, attention = images["queries"][i], images["attention"][i].double()
-            channels = self.channels(i, queries) / (images["rows"] * queries.shape[-1])  # of a logit, squared, per row
+            queries, attention = images["queries"][i], images["attention"][i].double() / rows
+            channels = self.channels(i, queries) / (rows * queries.shape[-1])  # of a logit, squared
             looked = attention.diagonal() * new.square().sum(-1)  # how much an image reads of each token
             move = new - old
             out.append(
@@ -125,6 +125,16 @@ class NullSpace(Protection):
                 )
             )
         return out
+
+    def since(self, memory: Mapping[str, Any]) -> Mapping[str, Any]:
+        def more(now: dict[int, Tensor], then: dict[int, Tensor]) -> dict[int, Tensor]:
+            return {i: sums - then.get(i, 0) for i, sums in now.items()}
+
+        return {
+            "queries": more(self.queries, memory["queries"]),
+            "attention": more(self.attention, memory["attention"]),
+            "rows": self.rows - memory["rows"],
+        }
 
     def begin_look(self) -> None:
         self._draft: dict[int, tuple[Tensor, Tensor]] = {}

@@ -200,8 +200,8 @@ def test_what_images_feel_is_the_sum_over_rows_that_the_docstring_defines(tower)
         weights = block.to_prompts.double().flatten(0, 2)  # rows: image, head, token
         keys = (move @ block.key_weight.double().T).unflatten(-1, (2, 3))  # (M, H, d)
         logits = torch.einsum("bhnd,mhd->bhnm", block.queries.double(), keys).flatten(0, 2) / 3**0.5
-        values = (weights @ move).square().sum()
-        swings = (weights.square().sum(0) * logits.square().mean(0) * new.square().sum(-1)).sum()
+        values = (weights @ move).square().sum(-1).mean()
+        swings = (weights.square().mean(0) * logits.square().mean(0) * new.square().sum(-1)).sum()
         assert felt.moved == pytest.approx(float(values + swings), rel=1e-5)
         assert felt.step == pytest.approx(float(move.norm()), rel=1e-9)
 
@@ -218,6 +218,19 @@ def test_no_move_of_that_length_is_felt_more_than_the_worst(tower):
     for scale in (0.01, 0.3, 2.0):
         before = moved_by(null_space, {0: scale * torch.randn(5, 6), 1: scale * torch.randn(5, 6)})
         assert all(0 < felt.moved <= felt.worst for felt in null_space.felt(before, null_space.state_dict()))
+
+
+def test_what_came_since_is_what_the_newer_images_alone_would_leave(tower):
+    null_space = looked(protection(tower), probe(tower, 0, 4), probe(tower, 1, 4))
+    before = null_space.state_dict()
+    newer = [probe(tower, 0, 3, seed=8), probe(tower, 1, 3, seed=9)]
+    looked(null_space, *newer)
+    alone = looked(protection(tower), *newer).state_dict()
+    since = null_space.since(before)
+    assert since["rows"] == alone["rows"] == 3 * 2 * 7
+    for name in ("queries", "attention"):
+        for layer in range(2):
+            torch.testing.assert_close(since[name][layer], alone[name][layer], rtol=0, atol=1e-9)
 
 
 def test_room_counts_the_directions_that_old_images_use(tower):

@@ -1,49 +1,14 @@
-"""The `lamina` command: each function is one subcommand and ends in one call into the library."""
+"""Commands for researchers: methods over streams of tasks."""
 
 from __future__ import annotations
 
 import json
-import shlex
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from lamina import __version__
-from lamina.errors import LaminaError
-
-#: what a process says when it was asked to stop and can be resumed ("try again", in sysexits.h)
-STOPPED = 75
-
-app = typer.Typer(
-    help="Let a pre-trained vision model keep learning: new classes arrive, the old images are gone.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-Data = Annotated[
-    Path | None,
-    typer.Option("--data", help="Folder that data sets lie in; else LAMINA_DATA, else the cache."),
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="Change a setting: lr=0.003, stream.per_class=20."),
-]
-
-
-class Kind(StrEnum):
-    """What `list` can list."""
-
-    methods = "methods"
-    streams = "streams"
-    backbones = "backbones"
-    recipes = "recipes"
+from lamina.cli.shared import Data, Json, Set, app, note, print_table, progress_of, stoppable, typed
 
 
 @app.command()
@@ -78,9 +43,9 @@ def run(
         Path("runs") / f"{settings.method}-{settings.stream.name}".replace("/", "_").replace(":", "-")
     )
     if used is not None and not as_json:
-        _note(f"recipe {used.parent.name}/{used.name}" + (f": {settings.settings}" if settings.settings else ""))
-    with _stoppable(f"lamina resume {folder}", folder):
-        record = execute(settings, folder, data=data, command=_typed(), progress=_progress(as_json))
+        note(f"recipe {used.parent.name}/{used.name}" + (f": {settings.settings}" if settings.settings else ""))
+    with stoppable(f"lamina resume {folder}", folder):
+        record = execute(settings, folder, data=data, command=typed(), progress=progress_of(as_json))
     _show([record], as_json, folder)
 
 
@@ -94,8 +59,8 @@ def resume(
     from lamina.runs import execute, resumable
 
     settings = resumable(folder)
-    with _stoppable(f"lamina resume {folder}", folder):
-        record = execute(settings, folder, data=data, command=_typed(), resume=True, progress=_progress(as_json))
+    with stoppable(f"lamina resume {folder}", folder):
+        record = execute(settings, folder, data=data, command=typed(), resume=True, progress=progress_of(as_json))
     _show([record], as_json, folder)
 
 
@@ -113,11 +78,11 @@ def demo(
     for method in ("vpt-deep", "vpt-nsp2", "joint"):
         settings, _ = plan(method, "digits")
         if not as_json:
-            _note(
+            note(
                 f"{method}: five tasks of two digits each" if method != "joint" else f"{method}: all ten digits at once"
             )
-        with _stoppable(f"lamina demo --out {folder}", folder):
-            records.append(complete(settings, folder / method, command="lamina demo", progress=_progress(as_json)))
+        with stoppable(f"lamina demo --out {folder}", folder):
+            records.append(complete(settings, folder / method, command="lamina demo", progress=progress_of(as_json)))
     page = folder / "report.html"
     write_report(records, page)
     _show(records, as_json, page)
@@ -139,92 +104,6 @@ def report(
     _show(records, as_json, page)
 
 
-@app.command("list")
-def list_(kind: Annotated[Kind, typer.Argument(help="What to list.")], as_json: Json = False) -> None:
-    """List methods, streams, backbones or recipes."""
-    from lamina.catalogue import rows
-
-    found = rows(kind.value)
-    if as_json:
-        print(json.dumps(found, indent=2))
-        return
-    _print_table(found)
-
-
-@app.command()
-def show(method: Annotated[str, typer.Argument(help="A method's name.")], as_json: Json = False) -> None:
-    """Show what a method does, its settings with limits and defaults, and its sources."""
-    from lamina.catalogue import about
-
-    found = about(method)
-    if as_json:
-        print(json.dumps(found, indent=2))
-        return
-    print(found["text"] + "\n")
-    if found["settings"]:
-        _print_table(found["settings"])
-
-
-@app.command()
-def doctor(data: Data = None, as_json: Json = False) -> None:
-    """Show versions, devices, and which data sets and backbones were found."""
-    from lamina.catalogue import health
-
-    found = health(data)
-    if as_json:
-        print(json.dumps(found, indent=2))
-        return
-    for name, value in found.items():
-        if isinstance(value, list):
-            print()
-            _print_table(value, title=name)
-        else:
-            print(f"{name:<12} {value}")
-
-
-@app.callback(invoke_without_command=True)
-def about_lamina(
-    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
-) -> None:
-    """Handle the options that stand before a subcommand."""
-    if version:
-        print(f"lamina {__version__}")
-        raise typer.Exit
-
-
-def main() -> None:
-    """Run the command; an error of ours is one line and exit code 2."""
-    try:
-        app()
-    except LaminaError as error:
-        print("lamina: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
-
-
-@contextmanager
-def _stoppable(again: str, folder: Path) -> Iterator[None]:
-    """Say how to go on when a run is stopped, by a signal or from the keyboard."""
-    try:
-        yield
-    except (Exception, KeyboardInterrupt) as error:
-        from lamina.training.trainer import Stopped
-
-        if not isinstance(error, Stopped | KeyboardInterrupt):
-            raise
-        _note(f"stopped; go on with `{again}`" if folder.exists() else "stopped; nothing was begun yet")
-        raise typer.Exit(STOPPED if isinstance(error, Stopped) else 130) from None
-
-
-def _typed() -> str:
-    return shlex.join(["lamina", *sys.argv[1:]])
-
-
-def _progress(as_json: bool) -> Any:
-    from lamina.console import progress
-
-    return None if as_json else progress
-
-
 def _show(records: list[Any], as_json: bool, place: Path) -> None:
     """Print the headline numbers of some runs, under which protocol they were measured, and where they lie."""
     if as_json:
@@ -233,22 +112,10 @@ def _show(records: list[Any], as_json: bool, place: Path) -> None:
         return
     from lamina.results.tables import headline, protocol_line
 
-    _print_table(headline(records))
+    print_table(headline(records))
     for line in dict.fromkeys(protocol_line(record) for record in records):
         print(line)
     print(f"written to {place}")
-
-
-def _print_table(rows: list[dict[str, Any]], title: str | None = None) -> None:
-    from rich.console import Console
-
-    from lamina.console import table
-
-    Console(width=None if sys.stdout.isatty() else 140).print(table(rows, title), highlight=False)
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _free(folder: Path) -> Path:

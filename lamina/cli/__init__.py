@@ -1,0 +1,20 @@
+"""The `lamina` command: each function is one subcommand and ends in one call into the library."""
+
+from __future__ import annotations
+
+import sys
+
+from lamina.cli import lists, models, streams
+from lamina.cli.shared import app
+from lamina.errors import LaminaError
+
+__all__ = ["app", "lists", "main", "models", "streams"]
+
+
+def main() -> None:
+    """Run the command; an error of ours is one line and exit code 2."""
+    try:
+        app()
+    except LaminaError as error:
+        print("lamina: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,382 @@
+"""Commands for practitioners: a model file that learns, predicts and tells what it knows."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lamina.cli.shared import Json, Set, app, note, print_table, progress_of, stoppable
+from lamina.errors import ConfigError
+
+#: what `predict` says at the end when some images could not be read
+SOME_BROKEN = 3
+
+Model = Annotated[Path, typer.Argument(help="The model file, for example shop.lamina.")]
+SkipBroken = Annotated[bool, typer.Option("--skip-broken", help="Leave out images that cannot be read.")]
+Precision = Annotated[str | None, typer.Option(help="Of the frozen model: auto, bf16 or 32; else as it was learned.")]
+
+
+class Existing(StrEnum):
+    """What to do about classes that are known already."""
+
+    refuse = "refuse"
+    extend = "extend"
+
+
+class Format(StrEnum):
+    """How predictions are printed."""
+
+    table = "table"
+    json = "json"
+    jsonl = "jsonl"
+    csv = "csv"
+
+
+class Score(StrEnum):
+    """Which novelty is told."""
+
+    mahalanobis = "mahalanobis"
+    energy = "energy"
+
+
+@app.command()
+def learn(
+    model: Model,
+    folder: Annotated[Path, typer.Argument(help="Images of the new classes: FOLDER/CLASS/*.jpg and the like.")],
+    method: Annotated[str | None, typer.Option(help="For a new model; see `lamina list methods`. [vpt-nsp2]")] = None,
+    backbone: Annotated[str | None, typer.Option(help="For a new model; see `lamina list backbones`.")] = None,
+    changes: Set = None,
+    name: Annotated[str | None, typer.Option(help='What to call this lesson, for example "spring 2026".')] = None,
+    existing: Annotated[
+        Existing, typer.Option(help="Classes that are known already: refuse, or extend with more examples.")
+    ] = Existing.refuse,
+    holdout: Annotated[float, typer.Option(help="Share of the images kept aside to measure and calibrate.")] = 0.1,
+    seed: Annotated[int | None, typer.Option(help="For a new model: of everything random in training.")] = None,
+    precision: Precision = None,
+    skip_broken: SkipBroken = False,
+    discard: Annotated[bool, typer.Option("--discard", help="Drop a lesson that was begun and not finished.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Learn new classes from a folder into a model file, which is made if it is not there."""
+    from lamina.config import assignments
+    from lamina.lessons import learn_folder
+    from lamina.training.stopping import stop_signals
+
+    watch = progress_of(as_json)
+    with stoppable("the same command", model.with_name(f".{model.name}.learning")), stop_signals() as should_stop:
+        done = learn_folder(
+            model,
+            folder,
+            method=method,
+            backbone=backbone,
+            settings=assignments(changes or []),
+            name=name,
+            existing=existing.value,
+            holdout=holdout,
+            seed=seed,
+            precision=precision,  # type: ignore[arg-type]  # checked where it is used
+            skip_broken=skip_broken,
+            discard=discard,
+            progress=watch() if watch is not None else None,
+            should_stop=should_stop,
+        )
+    if as_json:
+        print(json.dumps({"model": str(model), "checksum": done.file.checksum, **done.lesson.model_dump()}))
+        return
+    if done.before:
+        note(f"{model} had learned this already, before it was interrupted")
+    for line in _told(done.lesson, len(done.file.lessons), len(done.file.classes)):
+        print(line)
+    print(f"written to {model}")
+
+
+@app.command()
+def predict(
+    model: Model,
+    paths: Annotated[list[str], typer.Argument(help='Images, folders, patterns; "-" reads paths from standard input.')],
+    form: Annotated[Format, typer.Option("--format", help="How to print.")] = Format.table,
+    top: Annotated[int, typer.Option(min=1, help="Name so many classes.")] = 1,
+    novelty: Annotated[Score, typer.Option(help="Which novelty to tell.")] = Score.mahalanobis,
+    flag_novel: Annotated[
+        bool, typer.Option("--flag-novel", help="Mark images that look like nothing that was learned.")
+    ] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Images that go through the model together.")] = 64,
+    precision: Precision = None,
+) -> None:
+    """Say what is in pictures, as results come; exit code 3 when some could not be read."""
+    from lamina.continual import ContinualModel
+    from lamina.predictions import predict as predictions
+
+    kept = ContinualModel.load(model, precision=precision)  # type: ignore[arg-type]  # checked where it is used
+    if flag_novel and kept.confidence.scale(novelty.value) is None:
+        raise ConfigError(f"{model} never had images held out, so nothing says what is new; learn with --holdout 0.1")
+    found = predictions(kept, paths, sys.stdin, top=top, batch=batch, score=novelty.value)
+    broken = 0
+
+    def counted() -> Iterator[Any]:
+        nonlocal broken
+        for prediction in found:
+            broken += prediction.error is not None
+            yield prediction
+
+    try:
+        for line in _printed(counted(), form, top, flag_novel):
+            print(line, flush=True)
+    except BrokenPipeError:  # whoever read our output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if broken:
+        note(f"{broken} image{'s' if broken > 1 else ''} could not be read")
+        raise typer.Exit(SOME_BROKEN)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    folder: Annotated[Path, typer.Argument(help="Labelled images: FOLDER/CLASS/*.jpg and the like.")],
+    out: Annotated[Path | None, typer.Option(help="Write a page with all details, for example report.html.")] = None,
+    skip_broken: SkipBroken = False,
+    precision: Precision = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how good a model is: per task, per class, confusions, calibration; folders of unknown classes measure
+    how well it notices what is new.
+    """
+    from lamina.continual import ContinualModel
+    from lamina.modelfile import ModelFile
+    from lamina.predictions import evaluate as evaluated
+    from lamina.results import assessment
+    from lamina.results.assessment_page import write_page
+
+    file = ModelFile.read(model)
+    kept = ContinualModel.load(file, precision=precision)  # type: ignore[arg-type]  # checked where it is used
+    found = evaluated(kept, file, folder, skip_broken=skip_broken)
+    if out is not None:
+        write_page(found, out)
+    if as_json:
+        print(json.dumps(found.as_dict()))
+        return
+    print_table(assessment.rows_overview(found))
+    print_table(assessment.rows_tasks(found), title="by task")
+    print_table(assessment.rows_classes(found), title="by class")
+    if rows := assessment.rows_confusions(found):
+        print_table(rows, title="taken for another")
+    for line in assessment.reliability_lines(found):
+        print(line)
+    if out is not None:
+        print(f"written to {out}")
+
+
+@app.command()
+def inspect(model: Model, as_json: Json = False) -> None:
+    """Show what a model has learned, how much room is left, and how far old classes may have moved."""
+    from lamina.continual import ContinualModel
+    from lamina.modelfile import ModelFile
+    from lamina.predictions import facts, room
+
+    file = ModelFile.read(model)
+    known: dict[str, Any] = {"model": str(model), "bytes": model.stat().st_size, **facts(file)}
+    try:
+        known["room"] = room(ContinualModel.load(file))
+    except ConfigError as error:  # the backbone is not to be had here
+        known["room"], known["room_unknown"] = [], str(error)
+    if as_json:
+        print(json.dumps(known))
+        return
+    _inspected(known, file)
+
+
+@app.command()
+def export(
+    model: Model,
+    onnx: Annotated[Path, typer.Option("--onnx", help="The file to write; a .json with class names goes beside it.")],
+) -> None:
+    """Write a model as one ONNX file, and class names and pre-processing as JSON beside it."""
+    from lamina.continual import ContinualModel
+    from lamina.export import describe, export_onnx
+    from lamina.modelfile import ModelFile
+    from lamina.predictions import facts
+
+    file = ModelFile.read(model)
+    kept = ContinualModel.load(file, precision="32")
+    verified = export_onnx(
+        kept.model,
+        onnx,
+        size=kept.spec.size,
+        mean=kept.spec.mean,
+        std=kept.spec.std,
+        temperature=kept.confidence.temperature,
+    )
+    page = onnx.with_suffix(".json")
+    describe(
+        page,
+        file=onnx.name,
+        classes=kept.classes,
+        tasks=[lesson.classes for lesson in kept.lessons],
+        features=kept.backbone.tower.features,
+        pixels=kept.spec,
+        model=facts(file),
+        temperature=kept.confidence.temperature,
+        verified=verified,
+    )
+    checked = "ONNX Runtime gives the same scores" if verified else "not checked: ONNX Runtime is not installed"
+    print(f"written to {onnx} ({checked}) and {page}")
+
+
+@app.command()
+def sample(
+    name: Annotated[str, typer.Argument(help="What to write; there is digits.")],
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+) -> None:
+    """Write a small data set as folders of images, to try the other commands with."""
+    from lamina.data.sample import write_sample
+
+    for folder in write_sample(name, out):
+        print(folder)
+
+
+def _told(lesson: Any, lessons: int, classes: int) -> Iterator[str]:
+    """Say in a few lines what came of a lesson."""
+    from lamina.text import printable
+
+    named = f" ({printable(lesson.name)})" if lesson.name else ""
+    skipped = f", {lesson.skipped} skipped" if lesson.skipped else ""
+    yield f"lesson {lessons}{named}: {', '.join(map(printable, lesson.classes))}"
+    yield f"learned from {lesson.images} images, {lesson.held_out} held out{skipped}; {classes} classes in all"
+    if lesson.accuracy is not None:
+        yield f"accuracy on the held-out images, over all classes: {100 * lesson.accuracy:.1f} %"
+    if lesson.drift is not None:
+        yield moved_line(lesson.drift)
+
+
+def moved_line(drift: dict[str, Any]) -> str:
+    """Say how far old classes may have moved."""
+    if drift["old"] is None:
+        return (
+            f"nothing protects the old classes: features of the new images moved by {_share(drift['new'])} of the "
+            "spread of old features, and those of old images may have moved as far"
+        )
+    if drift["new"] == 0:
+        return "old classes have not moved: their features come from the frozen model alone"
+    return (
+        f"old classes have moved by about {_share(drift['old'])} of the spread of their features, at most "
+        f"{_share(drift['bound'])}; the new images by {_share(drift['new'])}"
+    )
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _printed(predictions: Iterable[Any], form: Format, top: int, flag_novel: bool) -> Iterator[str]:
+    """Yield the lines to print, one by one."""
+    from lamina.text import printable
+
+    if form is Format.json:
+        between = "["
+        for prediction in predictions:
+            yield between + json.dumps(prediction.as_dict())
+            between = ","
+        yield "]" if between == "," else "[]"
+    elif form is Format.jsonl:
+        for prediction in predictions:
+            yield json.dumps(prediction.as_dict())
+    elif form is Format.csv:
+        line = _Line()
+        writer = csv.writer(line, lineterminator="")
+        numbers = range(1, top + 1)
+        writer.writerow(
+            [
+                "path",
+                *(f"{what}_{i}" for i in numbers for what in ("class", "probability")),
+                "novelty",
+                "novel",
+                "error",
+            ]
+        )
+        yield line.text
+        for p in predictions:
+            pairs = [value for pair in p.top for value in pair] + [""] * (2 * (top - len(p.top)))
+            writer.writerow([p.path.encode(errors="replace").decode(), *pairs, p.novelty, p.novel, p.error])
+            yield line.text
+    else:
+        yield f"{'probability':>11}  {'novelty':>7}  class, image"
+        for p in predictions:
+            if p.error is not None:
+                yield f"{'':>11}  {'':>7}  {printable(p.path)}: {printable(p.error)}"
+                continue
+            mark = "new? " if flag_novel and p.novel else ""
+            others = "".join(f", {printable(name)} {_share(share)}" for name, share in p.top[1:])
+            yield (
+                f"{_share(p.top[0][1]):>11}  {p.novelty:>7.2f}  {mark}{printable(p.top[0][0])}{others}  {printable(p.path)}"
+            )
+
+
+class _Line:
+    """A file for csv that keeps the last line."""
+
+    text = ""
+
+    def write(self, text: str) -> None:
+        self.text = text
+
+
+def _inspected(known: dict[str, Any], file: Any) -> None:
+    """Print what `inspect` found."""
+    print(f"model      {known['model']}, {known['bytes'] / 1e6:.2f} MB, checksum {known['checksum']}")
+    print(f"method     {file.method}: " + ", ".join(f"{key} {value}" for key, value in file.settings.items()))
+    print(f"backbone   {file.backbone['name']}, fingerprint {file.backbone['fingerprint']}, {file.precision}")
+    print_table(
+        [
+            {
+                "lesson": number,
+                "name": lesson.name or "",
+                "date": lesson.date,
+                "classes": ", ".join(lesson.classes),
+                "images": lesson.images,
+                "held out": lesson.held_out,
+                "accuracy (%)": None if lesson.accuracy is None else round(100 * lesson.accuracy, 1),
+                "seconds": None if lesson.seconds is None else round(sum(lesson.seconds.values()), 1),
+                "old classes moved (%)": _percent(lesson.drift, "old"),
+                "at most (%)": _percent(lesson.drift, "bound"),
+            }
+            for number, lesson in enumerate(file.lessons, 1)
+        ]
+    )
+    last = file.lessons[-1].drift if file.lessons else None
+    if known["room"]:
+        print_table(_rooms(known["room"], last), title="room for new tasks, by block")
+    elif "room_unknown" in known:
+        print(f"room for new tasks: unknown, {known['room_unknown']}")
+    else:
+        print(f"room for new tasks: {file.method} limits no step")
+    if last is not None:
+        print(moved_line(last))
+
+
+def _percent(drift: dict[str, Any] | None, which: str) -> float | None:
+    value = None if drift is None else drift[which]
+    return None if value is None else round(100 * value, 1)
+
+
+def _rooms(rooms: list[dict[str, Any]], drift: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Join the rooms of one block to one row, and the last lesson's step with them."""
+    steps = {block["block"]: block for block in (drift or {}).get("blocks", [])}
+    out: dict[int, dict[str, Any]] = {}
+    for room in rooms:
+        row = out.setdefault(room["block"], {"block": room["block"]})
+        row[f"{room['what']} used"] = f"{room['used']} of {room['of']}"
+        row[f"{room['what']}: energy kept (%)"] = round(100 * room["energy_kept"], 2)
+    for block, row in out.items():
+        step = steps.get(block)
+        row["last step"] = None if step is None else round(step["step"], 2)
+        row["old moved (%)"] = None if step is None else round(100 * step["old"], 2)
+        row["at most (%)"] = None if step is None else round(100 * step["bound"], 2)
+    return list(out.values())

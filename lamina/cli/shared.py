@@ -1,0 +1,84 @@
+"""What the subcommands share: options, progress, how tables are printed, what happens when one is stopped."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lamina import __version__
+
+#: what a process says when it was asked to stop and can be resumed ("try again", in sysexits.h)
+STOPPED = 75
+
+app = typer.Typer(
+    help="Let a pre-trained vision model keep learning: new classes arrive, the old images are gone.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Data = Annotated[
+    Path | None,
+    typer.Option("--data", help="Folder that data sets lie in; else LAMINA_DATA, else the cache."),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Change a setting: lr=0.003, stream.per_class=20."),
+]
+
+
+@app.callback(invoke_without_command=True)
+def about_lamina(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    """Handle the options that stand before a subcommand."""
+    if version:
+        print(f"lamina {__version__}")
+        raise typer.Exit
+
+
+@contextmanager
+def stoppable(again: str, folder: Path) -> Iterator[None]:
+    """Say how to go on when work kept in `folder` is stopped, by a signal or from the keyboard."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        from lamina.training.trainer import Stopped
+
+        if not isinstance(error, Stopped | KeyboardInterrupt):
+            raise
+        note(f"stopped; go on with `{again}`" if folder.exists() else "stopped; nothing was begun yet")
+        raise typer.Exit(STOPPED if isinstance(error, Stopped) else 130) from None
+
+
+def typed() -> str:
+    """Return the command line as it was typed."""
+    return shlex.join(["lamina", *sys.argv[1:]])
+
+
+def progress_of(as_json: bool) -> Any:
+    """Return what makes a watcher that draws bars; None where JSON is printed."""
+    from lamina.console import progress
+
+    return None if as_json else progress
+
+
+def print_table(rows: list[dict[str, Any]], title: str | None = None) -> None:
+    """Print rows with equal keys."""
+    from rich.console import Console
+
+    from lamina.console import table
+
+    Console(width=None if sys.stdout.isatty() else 140).print(table(rows, title), highlight=False)
+
+
+def note(text: str) -> None:
+    """Tell people something without getting into what is printed."""
+    print(text, file=sys.stderr, flush=True)

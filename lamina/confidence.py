@@ -1,0 +1,275 @@
+"""How sure a prediction is, and whether an image looks like nothing that was learned.
+
+Both need no old image. Class statistics (sums, counts, one second moment of features) are gathered in
+the look back of every task. A temperature, fitted on held-out images, turns scores into probabilities.
+Two scores say how new an image looks; each is read on a scale on which 0 is a typical held-out image and
+1 is what 95 % of the held-out images stay below.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+from torch.nn import functional as F
+
+from lamina.config import Settings
+from lamina.errors import ShapeError
+from lamina.lookback import Reduce, Watcher
+from lamina.seeds import generator_at
+
+#: names of the scores, the one that is shown first
+SCORES = ("mahalanobis", "energy")
+
+#: share of known images that a threshold leaves alone
+KNOWN = 0.95
+
+#: held-out scores of a task are kept as so many quantiles
+_QUANTILES = 101
+
+
+class ClassStatistics(Watcher):
+    """Sums, counts and one second moment of the features of all classes met so far.
+
+    Everything is a sum over images in float64, so neither the split into batches nor the order of tasks
+    matters.
+
+    Args:
+        features: F.
+
+    Attributes:
+        sums: (C, F). counts: (C,). moment: (F, F), of features of all classes together.
+    """
+
+    looks_at = "features"
+
+    def __init__(self, features: int) -> None:
+        self.sums = torch.zeros(0, features, dtype=torch.float64)
+        self.counts = torch.zeros(0, dtype=torch.float64)
+        self.moment = torch.zeros(features, features, dtype=torch.float64)
+        self.begin_look()
+
+    def grow(self, classes: int) -> None:
+        """Make room for `classes` classes in all; called before the look back that brings the new ones."""
+        new = classes - len(self.counts)
+        self.sums, self.counts = F.pad(self.sums, (0, 0, 0, new)), F.pad(self.counts, (0, new))
+        self.begin_look()
+
+    def begin_look(self) -> None:
+        self._draft = [torch.zeros_like(self.sums), torch.zeros_like(self.counts), torch.zeros_like(self.moment)]
+
+    def collect(self, features: Tensor, columns: Tensor) -> None:
+        sums, counts, moment = self._draft
+        rows, columns = features.double().to(sums.device), columns.to(sums.device)
+        sums.index_add_(0, columns, rows)
+        counts.index_add_(0, columns, torch.ones_like(columns, dtype=counts.dtype))
+        moment.addmm_(rows.mT, rows)
+
+    def end_look(self, reduce: Reduce) -> None:
+        sums, counts, moment = (reduce(part) for part in self._draft)
+        self.sums, self.counts = self.sums + sums, self.counts + counts
+        self.moment = self.moment + (moment + moment.mT) / 2  # exactly symmetric, so that half of it can be stored
+        self.begin_look()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self.sums, "counts": self.counts, "moment": self.moment}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        features = len(self.moment)
+        shapes = {"sums": (len(state["counts"]), features), "counts": (len(state["counts"]),)}
+        for name, shape in {**shapes, "moment": (features, features)}.items():
+            if state[name].shape != shape:
+                raise ShapeError(f"{name} of the classes must have shape {shape}; got {tuple(state[name].shape)}")
+        self.sums, self.counts, self.moment = (state[name].double() for name in ("sums", "counts", "moment"))
+        self.begin_look()
+
+    def spread(self) -> float:
+        """Return the root of the mean squared distance of features from their mean."""
+        count = self.counts.sum().clamp_min(1)
+        centre = self.sums.sum(0) / count
+        return float((self.moment.trace() / count - centre @ centre).clamp_min(0).sqrt())
+
+    def gaussians(self) -> Gaussians:
+        """Return a Gaussian per class, with one covariance for all (D. Chen et al.'s shrinkage, OAS)."""
+        means = self.sums / self.counts.clamp_min(1)[:, None]
+        scatter = self.moment - self.sums.mT @ means
+        freedom = max(float(self.counts.sum()) - len(means), 1.0)
+        covariance = shrunk(scatter / freedom, freedom)
+        return Gaussians(means.float(), torch.linalg.cholesky(covariance))
+
+
+class Gaussians:
+    """A Gaussian per class over features; all share one covariance.
+
+    Args:
+        means: (C, F).
+        root: (F, F), float64, the lower Cholesky factor of the covariance.
+
+    References:
+        Lee et al., A Simple Unified Framework for Detecting Out-of-Distribution Samples, NeurIPS 2018,
+        section 2.1.
+    """
+
+    def __init__(self, means: Tensor, root: Tensor) -> None:
+        self.means, self.root = means, root
+        # x -> L^-1 x makes the covariance the identity, so distances become Euclidean
+        identity = torch.eye(len(root), dtype=root.dtype, device=root.device)
+        self.whiten = torch.linalg.solve_triangular(root, identity, upper=False).mT.float()
+        self._centres = self.means @ self.whiten
+
+    def distances(self, features: Tensor) -> Tensor:
+        """Return the Mahalanobis distance (B,) of features (B, F) to the nearest class mean."""
+        white = features.float() @ self.whiten.to(features.device)
+        centres = self._centres.to(features.device)
+        # Expanded squares: the difference (B, C, F) would be large. Tiny negatives are rounding.
+        squared = white.square().sum(1, keepdim=True) - 2 * white @ centres.mT + centres.square().sum(1)
+        return squared.min(dim=1).values.clamp_min(0).sqrt()
+
+    def draw(self, columns: Tensor, generator: torch.Generator) -> Tensor:
+        """Return features (n, F), float32, drawn for classes (n,)."""
+        noise = torch.randn(len(columns), len(self.root), generator=generator, dtype=torch.float64)
+        return self.means[columns] + (noise @ self.root.mT).float()
+
+
+def shrunk(covariance: Tensor, count: float) -> Tensor:
+    """Return a covariance (F, F), pulled towards a multiple of the identity as far as few images demand.
+
+    Args:
+        covariance: (F, F), float64, measured.
+        count: n, how many independent images it rests on.
+
+    References:
+        Chen et al., Shrinkage Algorithms for MMSE Covariance Estimation, IEEE TSP 2010, equation 23 (OAS).
+    """
+    size = len(covariance)
+    squares, square = covariance.square().sum(), covariance.trace().square()
+    above = (1 - 2 / size) * squares + square
+    below = (count + 1 - 2 / size) * (squares - square / size)
+    share = 1.0 if below <= 0 else min(1.0, float(above / below))
+    level = (covariance.trace() / size).clamp_min(1e-12)  # images that are all alike have no spread at all
+    share = max(share, 1e-6)
+    return (1 - share) * covariance + share * level * torch.eye(size, dtype=covariance.dtype, device=covariance.device)
+
+
+class Known(Settings):
+    """How new the held-out images of one task look, as quantiles of each score."""
+
+    images: int = Field(ge=0)
+    quantiles: dict[str, list[float]]
+
+
+class Confidence(Settings):
+    """What turns logits and features into probabilities and novelty; plain numbers."""
+
+    temperature: float = Field(1.0, gt=0)
+    tasks: list[Known] = Field(default_factory=list)
+
+    def scale(self, score: str) -> tuple[float, float] | None:
+        """Return the median and the threshold of a score over held-out images of all tasks; None without any."""
+        kept = [known for known in self.tasks if known.images]
+        if not kept:
+            return None
+        values = np.concatenate([known.quantiles[score] for known in kept])
+        weights = np.concatenate([np.full(len(known.quantiles[score]), known.images) for known in kept])
+        order = np.argsort(values, kind="stable")
+        share = (np.cumsum(weights[order]) - weights[order] / 2) / weights.sum()
+        middle, limit = np.interp([0.5, KNOWN], share, values[order])
+        return float(middle), float(max(limit, middle + 1e-9 * max(1.0, abs(middle))))
+
+
+class Sureness(NamedTuple):
+    """What is said of a batch of images.
+
+    Attributes:
+        probabilities: (B, C), float32.
+        novelty: of each score (B,), float32: 0 is a typical known image, above 1 looks new; raw scores as
+            long as no images were ever held out.
+    """
+
+    probabilities: Tensor
+    novelty: dict[str, Tensor]
+
+
+def sureness(logits: Tensor, features: Tensor, gaussians: Gaussians, confidence: Confidence) -> Sureness:
+    """Turn logits (B, C) and features (B, F) into probabilities and novelty."""
+    logits = logits.float()
+    novelty = {}
+    for name, values in raw_scores(logits, features, gaussians, confidence.temperature).items():
+        scale = confidence.scale(name)
+        novelty[name] = values if scale is None else (values - scale[0]) / (scale[1] - scale[0])
+    return Sureness((logits / confidence.temperature).softmax(-1), novelty)
+
+
+def raw_scores(logits: Tensor, features: Tensor, gaussians: Gaussians, temperature: float) -> dict[str, Tensor]:
+    """Return how new images look, (B,) per score; higher is newer.
+
+    References:
+        Lee et al., NeurIPS 2018 (mahalanobis); Liu et al., Energy-based Out-of-distribution Detection,
+        NeurIPS 2020 (energy).
+    """
+    energy = -temperature * torch.logsumexp(logits.float() / temperature, dim=-1)
+    return dict(zip(SCORES, (gaussians.distances(features), energy), strict=True))
+
+
+def learn_confidence(
+    before: Confidence,
+    logits: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    statistics: ClassStatistics,
+    head: Callable[[Tensor], Tensor],
+    *,
+    seed: int,
+) -> Confidence:
+    """Fit the temperature and note how new held-out images look, after a task.
+
+    The task's own held-out images stand for its classes. For older classes, whose images are gone, features
+    are drawn from their Gaussians, as many for each class as a new class has held-out images on average.
+
+    Args:
+        logits, features, labels: (n, C), (n, F), (n,) of the task's held-out images.
+        head: from features (m, F) to logits (m, C).
+        seed: of the draws.
+    """
+    gaussians = statistics.gaussians()
+    if not len(labels):
+        return before.model_copy(update={"tasks": [*before.tasks, Known(images=0, quantiles={})]})
+    new = labels.unique()
+    old = torch.tensor([column for column in range(logits.shape[-1]) if column not in set(new.tolist())])
+    if len(old):
+        columns = old.repeat_interleave(max(1, round(len(labels) / len(new))))
+        drawn = gaussians.draw(columns, generator_at(seed, "draws", len(before.tasks)))
+        both = torch.cat([logits.double(), head(drawn).double()]), torch.cat([labels, columns])
+    else:
+        both = logits.double(), labels
+    temperature = fitted_temperature(*both)
+    scores = raw_scores(logits, features, gaussians, temperature)
+    levels = np.linspace(0, 1, _QUANTILES)
+    quantiles = {name: np.quantile(values.double().numpy(), levels).tolist() for name, values in scores.items()}
+    return Confidence(temperature=temperature, tasks=[*before.tasks, Known(images=len(labels), quantiles=quantiles)])
+
+
+def fitted_temperature(logits: Tensor, labels: Tensor) -> float:
+    """Return the temperature that makes logits (n, C) most likely to give labels (n,).
+
+    Labels are smoothed by 1 / (n + 2): a few images that are all right would otherwise ask for certainty.
+
+    References:
+        Guo et al., On Calibration of Modern Neural Networks, ICML 2017, section 4.2.
+        Platt, Probabilistic Outputs for Support Vector Machines, 1999, section 2.2 (the smoothing).
+    """
+    smoothing = 1 / (len(labels) + 2)
+    spread = max(float(logits.double().std()), 1e-6) if logits.numel() > 1 else 1.0
+
+    def loss(log_ratio: float) -> float:
+        scaled = logits.double() / (spread * math.exp(log_ratio))
+        return float(F.cross_entropy(scaled, labels, label_smoothing=smoothing))
+
+    found = minimize_scalar(loss, bounds=(math.log(0.01), math.log(100)), method="bounded", options={"xatol": 1e-6})
+    return spread * math.exp(float(found.x))

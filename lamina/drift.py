@@ -1,0 +1,76 @@
+"""How far a lesson may have moved the features of images that are gone.
+
+Old images cannot be looked at again, but new ones can: their features before and after a lesson are
+compared. A protection says, to first order and up to a common factor, how much old and new images feel
+the same move of the prompts; the new images' measured drift supplies the factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lamina.model import Batch, PromptedModel
+from lamina.protections.base import Felt, Protection
+
+
+def lesson_drift(
+    before: PromptedModel,
+    after: PromptedModel,
+    batches: Iterable[Batch],
+    protections: Sequence[Protection],
+    remembered: Sequence[Mapping[str, Any]],
+    spread: float,
+) -> dict[str, Any]:
+    """Return how far features moved in a lesson, relative to the spread of old features.
+
+    Args:
+        before, after: the model on both sides of the lesson.
+        batches: of the lesson's images.
+        protections: as they are after it.
+        remembered: by the same protections before it, as from `state_dict`.
+        spread: root mean squared distance of old features from their mean.
+
+    Returns:
+        new: measured on the lesson's images. old: estimated for images of earlier lessons; bound: the same for
+        the worst move of the prompts of that length; both None where no protection can say. blocks: block,
+        length of the step, and the shares of its felt square in the whole, `old` and `bound` in the same unit.
+    """
+    if after.prompts is None or before.prompts is None:
+        return {"new": 0.0, "old": 0.0, "bound": 0.0, "blocks": []}  # what is frozen does not move
+    new = _moved(before, after, batches) / max(spread, 1e-12)
+    out: dict[str, Any] = {"new": new, "old": None, "bound": None, "blocks": []}
+    for protection, memory in zip(protections, remembered, strict=True):
+        old_felt = protection.felt(before.prompts, memory)
+        new_felt = protection.felt(before.prompts, protection.since(memory))
+        factor = sum(felt.moved for felt in new_felt)
+        if not old_felt or factor <= 0:
+            continue
+        # felt squares add up over blocks; one factor brings them to squared features
+        unit = new * factor**-0.5
+        out["old"] = unit * _total(old_felt, "moved")
+        out["bound"] = unit * _total(old_felt, "worst")
+        out["blocks"] = [
+            {"block": felt.layer, "step": felt.step, "old": unit * felt.moved**0.5, "bound": unit * felt.worst**0.5}
+            for felt in old_felt
+        ]
+    return out
+
+
+def _total(felt: Sequence[Felt], which: str) -> float:
+    return sum(getattr(part, which) for part in felt) ** 0.5
+
+
+@torch.no_grad()
+def _moved(before: PromptedModel, after: PromptedModel, batches: Iterable[Batch]) -> float:
+    """Return the root mean squared distance between the features (B, F) of the same images."""
+    squares, count = 0.0, 0
+    for model in (before, after):
+        model.eval()
+    for batch in batches:
+        move: Tensor = after.features(batch)[0].double() - before.features(batch)[0].double()
+        squares, count = squares + float(move.square().sum()), count + len(move)
+    return (squares / max(count, 1)) ** 0.5

@@ -1,0 +1,166 @@
+"""Using a kept model: what is in these pictures, how good is it, what has it learned?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lamina.confidence import SCORES, Sureness
+from lamina.continual import ContinualModel
+from lamina.data.folder import labelled_folder
+from lamina.data.incoming import Incoming, batches, expand, incoming
+from lamina.errors import DataError
+from lamina.modelfile import ModelFile
+from lamina.results.assessment import Assessment, assess
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of one image.
+
+    Attributes:
+        path: as given.
+        top: (class, probability) pairs, most likely first; empty when the image could not be read.
+        novelty: 0 is a typical known image, above 1 looks new; None without an image.
+        novel: novelty is above 1; None where nothing was held out, so that no threshold is known.
+        error: why the image could not be read.
+    """
+
+    path: str
+    top: Sequence[tuple[str, float]] = ()
+    novelty: float | None = None
+    novel: bool | None = None
+    error: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {
+            "path": self.path,
+            "class": self.top[0][0] if self.top else None,
+            "probability": self.top[0][1] if self.top else None,
+            "top": [{"class": name, "probability": probability} for name, probability in self.top],
+            "novelty": self.novelty,
+            "novel": self.novel,
+            "error": self.error,
+        }
+
+
+def predict(
+    model: ContinualModel,
+    arguments: Sequence[str],
+    stdin: Iterable[str] | None = None,
+    *,
+    top: int = 3,
+    batch: int = 64,
+    score: str = SCORES[0],
+) -> Iterator[Prediction]:
+    """Yield a prediction per image, in order, while later images are still being decoded.
+
+    Args:
+        arguments: files, folders, glob patterns; "-" for paths on `stdin`.
+        top: how many classes to name.
+        batch: images that go through the model together; it changes the speed, not the result.
+        score: which novelty to tell.
+    """
+    names, known = model.classes, model.confidence.scale(score) is not None
+    images = incoming(expand(arguments, stdin), model.plain, model.spec.max_side)
+    for group in batches(images, batch):
+        said = _said(model, group)
+        for item in group:
+            if item.pixels is None:
+                yield Prediction(item.path, error=item.error)
+                continue
+            probabilities, novelty = next(said)
+            best = probabilities.topk(min(top, len(names)))
+            pairs = [(names[column], p) for column, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+            new = float(novelty[score])
+            yield Prediction(item.path, pairs, new, new > 1 if known else None)
+
+
+def _said(model: ContinualModel, group: Sequence[Incoming]) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    pixels = [item.pixels for item in group if item.pixels is not None]
+    if not pixels:
+        return
+    said = model.judge(torch.stack(pixels))
+    for place in range(len(pixels)):
+        yield said.probabilities[place], {name: values[place] for name, values in said.novelty.items()}
+
+
+def evaluate(model: ContinualModel, file: ModelFile, folder: Path, *, skip_broken: bool = False) -> Assessment:
+    """Classify FOLDER/CLASS/* and compare; classes that the model does not know measure its novelty scores.
+
+    Raises:
+        DataError: when the folder has none of the model's classes, or an image cannot be read.
+    """
+    names, files = labelled_folder(folder, model.spec.max_side)
+    columns = {name: column for column, name in enumerate(model.classes)}
+    if not any(name in columns for name in names):
+        raise DataError(f"{folder} has no class that the model knows; it knows {', '.join(model.classes)}")
+    labels = np.array([columns.get(name, -1) for name in names])[files.labels]
+    parts: list[Sureness] = []
+    good: list[int] = []
+    place = 0
+    for group in batches(incoming(iter(files.paths), model.plain, model.spec.max_side), 64):
+        for item in group:
+            if item.pixels is not None:
+                good.append(place)
+            elif not skip_broken:
+                raise DataError(f"{item.path} cannot be read: {item.error}; mend it, or leave it out by --skip-broken")
+            place += 1
+        pixels = [item.pixels for item in group if item.pixels is not None]
+        if pixels:
+            parts.append(model.judge(torch.stack(pixels)))
+    labels = labels[good]
+    probabilities = torch.cat([part.probabilities for part in parts]).numpy()
+    novelty = {name: torch.cat([part.novelty[name] for part in parts]).numpy() for name in SCORES}
+    known = labels >= 0
+    first = {name: task for task, lesson in reversed(list(enumerate(model.lessons))) for name in lesson.classes}
+    return assess(
+        model=facts(file),
+        protocol={
+            "images": int(known.sum()),
+            "unknown_images": int((~known).sum()),
+            "skipped_images": place - len(good),
+            "image_size": model.spec.size,
+            "precision": model.precision,
+            "test_batch": "independent",
+            "temperature": model.confidence.temperature,
+        },
+        classes=model.classes,
+        class_tasks=[first[name] for name in model.classes],
+        task_names=[lesson.name for lesson in model.lessons],
+        labels=labels[known],
+        probabilities=probabilities[known],
+        novelty={name: values[known] for name, values in novelty.items()},
+        thresholds={name: 1.0 for name in SCORES if model.confidence.scale(name) is not None},
+        unknown_novelty={name: values[~known] for name, values in novelty.items()} if (~known).any() else None,
+    )
+
+
+def facts(file: ModelFile) -> dict[str, Any]:
+    """Return what a model file says of itself; needs no backbone."""
+    return {
+        "method": file.method,
+        "settings": file.settings,
+        "backbone": file.backbone,
+        "precision": file.precision,
+        "seed": file.seed,
+        "checksum": file.checksum,
+        "classes": file.classes,
+        "confidence": {"temperature": file.confidence.get("temperature")},
+        "lessons": [lesson.model_dump() for lesson in file.lessons],
+    }
+
+
+def room(model: ContinualModel) -> list[dict[str, Any]]:
+    """Return, per block, how many directions old tasks use, of how many, and the share of their energy in those."""
+    return [
+        {"block": room.layer, "what": room.what, "used": room.used, "of": room.size, "energy_kept": room.kept}
+        for protection in model.learner.protections
+        for room in protection.room()
+    ]
