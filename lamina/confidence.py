@@ -1,15 +1,16 @@
 """How sure a prediction is, and whether an image looks like nothing that was learned.
 
 Both need no old image. Class statistics (sums, counts, one second moment of features) are gathered in
-the look back of every task. A temperature, fitted on held-out images, turns scores into probabilities.
-Two scores say how new an image looks; each is read on a scale on which 0 is a typical held-out image and
-1 is what 95 % of the held-out images stay below.
+the look back of every task. A temperature, fitted on the images held out of a task, turns logits into
+probabilities; the tasks' temperatures are averaged. (Features drawn from the class statistics, to stand
+for old classes in that fit, were tried: they are too easy, and made predictions overconfident.) Two scores
+say how new an image looks; each is read on a scale on which 0 is a typical held-out image and 1 is what
+95 % of the held-out images stay below.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +23,6 @@ from torch.nn import functional as F
 from lamina.config import Settings
 from lamina.errors import ShapeError
 from lamina.lookback import Reduce, Watcher
-from lamina.seeds import generator_at
 
 #: names of the scores, the one that is shown first
 SCORES = ("mahalanobis", "energy")
@@ -131,11 +131,6 @@ class Gaussians:
         squared = white.square().sum(1, keepdim=True) - 2 * white @ centres.mT + centres.square().sum(1)
         return squared.min(dim=1).values.clamp_min(0).sqrt()
 
-    def draw(self, columns: Tensor, generator: torch.Generator) -> Tensor:
-        """Return features (n, F), float32, drawn for classes (n,)."""
-        noise = torch.randn(len(columns), len(self.root), generator=generator, dtype=torch.float64)
-        return self.means[columns] + (noise @ self.root.mT).float()
-
 
 def shrunk(covariance: Tensor, count: float) -> Tensor:
     """Return a covariance (F, F), pulled towards a multiple of the identity as far as few images demand.
@@ -158,17 +153,34 @@ def shrunk(covariance: Tensor, count: float) -> Tensor:
 
 
 class Known(Settings):
-    """How new the held-out images of one task look, as quantiles of each score."""
+    """What the held-out images of one task said, in plain numbers.
+
+    Attributes:
+        images: how many there were.
+        temperature: that made the logits most likely to give their labels.
+        quantiles: of how new they look, by score.
+    """
 
     images: int = Field(ge=0)
-    quantiles: dict[str, list[float]]
+    temperature: float = Field(1.0, gt=0)
+    quantiles: dict[str, list[float]] = Field(default_factory=dict)
 
 
 class Confidence(Settings):
-    """What turns logits and features into probabilities and novelty; plain numbers."""
+    """What turns logits and features into probabilities and novelty."""
 
-    temperature: float = Field(1.0, gt=0)
     tasks: list[Known] = Field(default_factory=list)
+
+    @property
+    def temperature(self) -> float:
+        """The geometric mean of the tasks' temperatures, weighted by their held-out images; 1 without any."""
+        images = sum(known.images for known in self.tasks)
+        return math.exp(sum(known.images * math.log(known.temperature) for known in self.tasks) / max(images, 1))
+
+    @property
+    def unit(self) -> float:
+        """The temperature of the first task: what energies are measured at, so that they can be compared later."""
+        return next((known.temperature for known in self.tasks if known.images), 1.0)
 
     def scale(self, score: str) -> tuple[float, float] | None:
         """Return the median and the threshold of a score over held-out images of all tasks; None without any."""
@@ -200,59 +212,42 @@ def sureness(logits: Tensor, features: Tensor, gaussians: Gaussians, confidence:
     """Turn logits (B, C) and features (B, F) into probabilities and novelty."""
     logits = logits.float()
     novelty = {}
-    for name, values in raw_scores(logits, features, gaussians, confidence.temperature).items():
+    for name, values in raw_scores(logits, features, gaussians, confidence.unit).items():
         scale = confidence.scale(name)
         novelty[name] = values if scale is None else (values - scale[0]) / (scale[1] - scale[0])
     return Sureness((logits / confidence.temperature).softmax(-1), novelty)
 
 
-def raw_scores(logits: Tensor, features: Tensor, gaussians: Gaussians, temperature: float) -> dict[str, Tensor]:
+def raw_scores(logits: Tensor, features: Tensor, gaussians: Gaussians, unit: float) -> dict[str, Tensor]:
     """Return how new images look, (B,) per score; higher is newer.
+
+    Args:
+        unit: temperature that energies are measured at.
 
     References:
         Lee et al., NeurIPS 2018 (mahalanobis); Liu et al., Energy-based Out-of-distribution Detection,
         NeurIPS 2020 (energy).
     """
-    energy = -temperature * torch.logsumexp(logits.float() / temperature, dim=-1)
+    energy = -unit * torch.logsumexp(logits.float() / unit, dim=-1)
     return dict(zip(SCORES, (gaussians.distances(features), energy), strict=True))
 
 
 def learn_confidence(
-    before: Confidence,
-    logits: Tensor,
-    features: Tensor,
-    labels: Tensor,
-    statistics: ClassStatistics,
-    head: Callable[[Tensor], Tensor],
-    *,
-    seed: int,
+    before: Confidence, logits: Tensor, features: Tensor, labels: Tensor, gaussians: Gaussians
 ) -> Confidence:
-    """Fit the temperature and note how new held-out images look, after a task.
-
-    The task's own held-out images stand for its classes. For older classes, whose images are gone, features
-    are drawn from their Gaussians, as many for each class as a new class has held-out images on average.
+    """Fit a temperature to a task's held-out images, over all classes met, and note how new they look.
 
     Args:
-        logits, features, labels: (n, C), (n, F), (n,) of the task's held-out images.
-        head: from features (m, F) to logits (m, C).
-        seed: of the draws.
+        logits, features, labels: (n, C), (n, F), (n,) of the held-out images; n may be 0.
     """
-    gaussians = statistics.gaussians()
     if not len(labels):
-        return before.model_copy(update={"tasks": [*before.tasks, Known(images=0, quantiles={})]})
-    new = labels.unique()
-    old = torch.tensor([column for column in range(logits.shape[-1]) if column not in set(new.tolist())])
-    if len(old):
-        columns = old.repeat_interleave(max(1, round(len(labels) / len(new))))
-        drawn = gaussians.draw(columns, generator_at(seed, "draws", len(before.tasks)))
-        both = torch.cat([logits.double(), head(drawn).double()]), torch.cat([labels, columns])
-    else:
-        both = logits.double(), labels
-    temperature = fitted_temperature(*both)
-    scores = raw_scores(logits, features, gaussians, temperature)
+        return Confidence(tasks=[*before.tasks, Known(images=0, temperature=1.0)])
+    known = Known(images=len(labels), temperature=fitted_temperature(logits, labels))
+    after = Confidence(tasks=[*before.tasks, known])
     levels = np.linspace(0, 1, _QUANTILES)
-    quantiles = {name: np.quantile(values.double().numpy(), levels).tolist() for name, values in scores.items()}
-    return Confidence(temperature=temperature, tasks=[*before.tasks, Known(images=len(labels), quantiles=quantiles)])
+    scores = raw_scores(logits, features, gaussians, after.unit).items()
+    quantiles = {name: np.quantile(values.double().numpy(), levels).tolist() for name, values in scores}
+    return Confidence(tasks=[*before.tasks, known.model_copy(update={"quantiles": quantiles})])
 
 
 def fitted_temperature(logits: Tensor, labels: Tensor) -> float:

@@ -76,6 +76,7 @@ class ContinualModel:
         precision: Precision = "auto",
         augmentation: str = "crop-flip",
         accelerator: str = "auto",
+        _empty: bool = False,
     ) -> None:
         self.method, self.seed, self.augmentation = method, seed, augmentation
         self.settings = method_class(method)(**{**lesson_settings(method), **(settings or {})})
@@ -86,9 +87,11 @@ class ContinualModel:
         self.spec = InputSpec(**self.backbone.pixels)
         self.lessons: tuple[Lesson, ...] = ()
         self.confidence = Confidence()
-        self._use(self._built(), ClassStatistics(self.backbone.tower.features))
-        if self.learner.at_once:
-            raise ConfigError(f"{method} learns all classes at once, so it cannot take lessons; choose another method")
+        with torch.device("meta"):
+            if self._built().at_once:
+                raise ConfigError(f"{method} learns all classes at once, so it cannot take lessons; choose another one")
+        if not _empty:
+            self._use(self._built(), ClassStatistics(self.backbone.tower.features))
 
     @classmethod
     def load(
@@ -124,6 +127,7 @@ class ContinualModel:
             precision=precision or ("bf16" if file.precision == "bfloat16" else "32"),
             augmentation=file.run.get("augmentation", "crop-flip"),
             accelerator=accelerator,
+            _empty=True,
         )
         found, wanted = out.backbone.tower.fingerprint, file.backbone["fingerprint"]
         if found != wanted:
@@ -139,7 +143,8 @@ class ContinualModel:
             raise ModelFileError(wrong)
         learner, statistics = out._built(), ClassStatistics(out.backbone.tower.features)
         try:
-            out._trainer(learner, statistics).adopt(out._past, file.learned, file.memory)
+            with torch.random.fork_rng(devices=[]):
+                out._trainer(learner, statistics).adopt(out._past, file.learned, file.memory)
         except (LaminaError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise ModelFileError(f"what the model file remembers does not fit {file.method}: {error}") from None
         out._use(learner, statistics)
@@ -147,7 +152,7 @@ class ContinualModel:
 
     def _misfit(self, file: ModelFile) -> str | None:
         """Compare shapes with those of a model that takes no memory, lest a hostile file ask for too much."""
-        with torch.device("meta"):
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
             learner = self._built()
             for task in self._past:
                 learner.model.begin_task(task)
@@ -271,8 +276,8 @@ class ContinualModel:
         again = [name for name in material.names if name in known]
         if again and existing != "extend":
             raise ConfigError(
-                f"the model knows {', '.join(map(repr, again))} already; rename what is new, or give known classes further "
-                "examples with --existing extend"
+                f"the model knows {', '.join(map(repr, again))} already; rename what is new, or give known classes "
+                "further examples with --existing extend"
             )
         if not len(material.train):
             raise DataError("there is nothing to learn from: no image is left for training")
@@ -291,7 +296,8 @@ class ContinualModel:
         if len(order) < 2 and any(phase.classes == "task" for phase in self.learner.phases(task)):
             raise ConfigError(
                 f"{self.method} learns to tell the classes of one lesson apart, so a lesson needs at least two; got "
-                f"{order[0]!r} alone. Add another class, or keep a model with --method nearest-mean, which takes them singly"
+                f"{order[0]!r} alone. Add another class, or keep a model with --method nearest-mean, which can do "
+                "with one"
             )
         return task
 
@@ -318,9 +324,7 @@ class ContinualModel:
                 logits,
                 features,
                 labels,
-                statistics,
-                lambda drawn: scores(model, Batch(None, features=self.fabric.to_device(drawn))).cpu(),
-                seed=self.seed,
+                statistics.gaussians(),
             )
         drift = None
         if self.lessons:
@@ -355,12 +359,13 @@ class ContinualModel:
     # ── parts ──────────────────────────────────────────────────────────────────────────────────────
 
     def _built(self) -> Learner:
-        torch.manual_seed(seed_at(self.seed, "build"))
-        return self.settings.build(self.backbone.tower)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_at(self.seed, "build"))
+            return self.settings.build(self.backbone.tower)
 
     def _use(self, learner: Learner, statistics: ClassStatistics) -> None:
         self.learner, self.statistics = learner, statistics
-        self._gaussians = statistics.gaussians() if self.lessons else None
+        self._gaussians = statistics.gaussians()
 
     def _trainer(self, learner: Learner, statistics: ClassStatistics, **arguments: Any) -> Trainer:
         feed = Feed(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +22,7 @@ from lamina.data.folder import held_out, labelled_folder
 from lamina.errors import ConfigError, DataError, LaminaError, ResumeError, StorageError, TrainingError
 from lamina.modelfile import Lesson, ModelFile
 from lamina.storage import write_whole
+from lamina.text import printable
 from lamina.training.launch import Precision
 from lamina.training.progress import Progress
 
@@ -80,26 +81,25 @@ def learn_folder(
     """
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; a model is kept in a file, for example {path / 'shop.lamina'}")
+    if path.is_symlink():
+        path = path.resolve()  # else the new file would take the place of the link, and two names have two locks
     with _alone(path):
         file = ModelFile.read(path) if path.exists() else None
         work = path.with_name(f".{path.name}.learning")
         notes = {"folder": str(folder.expanduser().absolute()), "base": file.checksum if file is not None else None}
         waiting = _notes(work)
-        if file is not None and waiting is not None and _is_in(file, waiting):
-            _remove(work)  # it was killed after the file was written
-            if waiting["folder"] == notes["folder"]:
-                return Learned(file.lessons[-1], file, before=True)
-        elif discard:
-            _remove(work)
+        again = waiting is not None and waiting["folder"] == notes["folder"]
+        done = file is not None and waiting is not None and _is_in(file, waiting)
+        if done or discard:
+            _remove(work)  # when done, whoever learned it was killed after the file was written
         elif waiting is not None and waiting != notes:
-            raise ResumeError(
-                f"a lesson from {waiting['folder']} is not finished: run `lamina learn` on that folder again, or give "
-                "--discard to drop it"
-            )
+            raise ResumeError(_in_the_way(path, waiting["folder"], again))
         with _workplace(work, notes):
             model = _opened(file, path, method, backbone, settings, seed, precision, augmentation, accelerator)
             with cache_in(work):
                 material = _material(folder, model, holdout, skip_broken)
+                if file is not None and done and again and file.lessons[-1].data == material.fingerprint:
+                    return Learned(file.lessons[-1], file, before=True)
                 lesson = model.learn(
                     material,
                     name=name,
@@ -160,17 +160,20 @@ def _material(folder: Path, model: ContinualModel, holdout: float, skip_broken: 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """Hold the lock of a model file; it goes with the process, however that ends."""
-    lock = path.with_name(f".{path.name}.lock")
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock, timeout=0):
-            yield
+        lock.acquire()
     except Timeout:
         raise ResumeError(
             f"{path} is being taught by another process; wait until it is done, then run this again"
         ) from None
-    except PermissionError as error:
-        raise StorageError(f"{path} could not be written: {error.strerror}") from None
+    except OSError as error:
+        raise StorageError(f"{path} could not be written: {error.strerror or error}") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager
@@ -205,5 +208,24 @@ def _is_in(file: ModelFile, notes: Mapping[str, Any]) -> bool:
     return bool(file.lessons) and file.lessons[-1].base == notes["base"] != file.checksum
 
 
+def _in_the_way(path: Path, folder: str, again: bool) -> str:
+    if again:
+        return (
+            f"a lesson from {printable(folder)} is not finished, and {path} is another than it was begun with: put "
+            "that one back, or give --discard to begin the lesson anew"
+        )
+    return (
+        f"a lesson from {printable(folder)} is not finished: run `lamina learn` on that folder again, or give "
+        "--discard to drop it"
+    )
+
+
 def _remove(work: Path) -> None:
+    """Remove a work folder; its notes go last, so that what a crash leaves of it is not taken for nobody's."""
+    with suppress(OSError):
+        for place in work.iterdir():
+            if place.is_dir() and not place.is_symlink():
+                shutil.rmtree(place, ignore_errors=True)
+            elif place.name != _NOTES:
+                place.unlink(missing_ok=True)
     shutil.rmtree(work, ignore_errors=True)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lamina.confidence import SCORES, Sureness
+from lamina.confidence import SCORES, Confidence, Sureness
 from lamina.continual import ContinualModel
 from lamina.data.folder import labelled_folder
 from lamina.data.incoming import Incoming, batches, expand, incoming
@@ -152,7 +152,7 @@ def facts(file: ModelFile) -> dict[str, Any]:
         "seed": file.seed,
         "checksum": file.checksum,
         "classes": file.classes,
-        "confidence": {"temperature": file.confidence.get("temperature")},
+        "temperature": Confidence(**file.confidence).temperature,
         "lessons": [lesson.model_dump() for lesson in file.lessons],
     }
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from lamina.cli import lists, models, streams
+import lamina.cli.lists
+import lamina.cli.models
+import lamina.cli.streams  # noqa: F401 - importing these three is what fills the app
 from lamina.cli.shared import app
 from lamina.errors import LaminaError
 
-__all__ = ["app", "lists", "main", "models", "streams"]
+__all__ = ["app", "main"]
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import sys
@@ -14,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from lamina.cli.shared import Json, Set, app, note, print_table, progress_of, stoppable
-from lamina.errors import ConfigError
+from lamina.errors import ConfigError, LaminaError
 
 #: what `predict` says at the end when some images could not be read
 SOME_BROKEN = 3
@@ -115,6 +116,8 @@ def predict(
     from lamina.continual import ContinualModel
     from lamina.predictions import predict as predictions
 
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8
     kept = ContinualModel.load(model, precision=precision)  # type: ignore[arg-type]  # checked where it is used
     if flag_novel and kept.confidence.scale(novelty.value) is None:
         raise ConfigError(f"{model} never had images held out, so nothing says what is new; learn with --holdout 0.1")
@@ -155,6 +158,7 @@ def evaluate(
     from lamina.results import assessment
     from lamina.results.assessment_page import write_page
 
+    _spare(model, out)
     file = ModelFile.read(model)
     kept = ContinualModel.load(file, precision=precision)  # type: ignore[arg-type]  # checked where it is used
     found = evaluated(kept, file, folder, skip_broken=skip_broken)
@@ -185,7 +189,7 @@ def inspect(model: Model, as_json: Json = False) -> None:
     known: dict[str, Any] = {"model": str(model), "bytes": model.stat().st_size, **facts(file)}
     try:
         known["room"] = room(ContinualModel.load(file))
-    except ConfigError as error:  # the backbone is not to be had here
+    except LaminaError as error:  # the backbone is not to be had here, or is another
         known["room"], known["room_unknown"] = [], str(error)
     if as_json:
         print(json.dumps(known))
@@ -204,6 +208,10 @@ def export(
     from lamina.modelfile import ModelFile
     from lamina.predictions import facts
 
+    page = onnx.with_suffix(".json")
+    if page == onnx:
+        raise ConfigError(f"class names go to {page}, so the model needs another suffix: --onnx {onnx.stem}.onnx")
+    _spare(model, onnx, page)
     file = ModelFile.read(model)
     kept = ContinualModel.load(file, precision="32")
     verified = export_onnx(
@@ -214,7 +222,6 @@ def export(
         std=kept.spec.std,
         temperature=kept.confidence.temperature,
     )
-    page = onnx.with_suffix(".json")
     describe(
         page,
         file=onnx.name,
@@ -240,6 +247,13 @@ def sample(
 
     for folder in write_sample(name, out):
         print(folder)
+
+
+def _spare(model: Path, *outputs: Path | None) -> None:
+    """Refuse to write over the model itself."""
+    for out in outputs:
+        if out is not None and out.resolve() == model.resolve():
+            raise ConfigError(f"{out} is the model; choose another file to write to")
 
 
 def _told(lesson: Any, lessons: int, classes: int) -> Iterator[str]:
@@ -304,7 +318,7 @@ def _printed(predictions: Iterable[Any], form: Format, top: int, flag_novel: boo
         yield line.text
         for p in predictions:
             pairs = [value for pair in p.top for value in pair] + [""] * (2 * (top - len(p.top)))
-            writer.writerow([p.path.encode(errors="replace").decode(), *pairs, p.novelty, p.novel, p.error])
+            writer.writerow([printable(p.path), *pairs, p.novelty, p.novel, p.error])
             yield line.text
     else:
         yield f"{'probability':>11}  {'novelty':>7}  class, image"
@@ -314,9 +328,8 @@ def _printed(predictions: Iterable[Any], form: Format, top: int, flag_novel: boo
                 continue
             mark = "new? " if flag_novel and p.novel else ""
             others = "".join(f", {printable(name)} {_share(share)}" for name, share in p.top[1:])
-            yield (
-                f"{_share(p.top[0][1]):>11}  {p.novelty:>7.2f}  {mark}{printable(p.top[0][0])}{others}  {printable(p.path)}"
-            )
+            said = f"{mark}{printable(p.top[0][0])}{others}"
+            yield f"{_share(p.top[0][1]):>11}  {p.novelty:>7.2f}  {said}  {printable(p.path)}"
 
 
 class _Line:
@@ -330,9 +343,13 @@ class _Line:
 
 def _inspected(known: dict[str, Any], file: Any) -> None:
     """Print what `inspect` found."""
+    from lamina.text import printable
+
     print(f"model      {known['model']}, {known['bytes'] / 1e6:.2f} MB, checksum {known['checksum']}")
-    print(f"method     {file.method}: " + ", ".join(f"{key} {value}" for key, value in file.settings.items()))
-    print(f"backbone   {file.backbone['name']}, fingerprint {file.backbone['fingerprint']}, {file.precision}")
+    settings = ", ".join(f"{key} {value}" for key, value in file.settings.items())
+    print(f"method     {printable(f'{file.method}: {settings}' if settings else file.method)}")
+    backbone = f"{file.backbone['name']}, fingerprint {file.backbone['fingerprint']}, {file.precision}"
+    print(f"backbone   {printable(backbone)}")
     print_table(
         [
             {
@@ -354,7 +371,7 @@ def _inspected(known: dict[str, Any], file: Any) -> None:
     if known["room"]:
         print_table(_rooms(known["room"], last), title="room for new tasks, by block")
     elif "room_unknown" in known:
-        print(f"room for new tasks: unknown, {known['room_unknown']}")
+        print(f"room for new tasks: unknown, {printable(known['room_unknown'])}")
     else:
         print(f"room for new tasks: {file.method} limits no step")
     if last is not None:

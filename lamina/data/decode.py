@@ -8,10 +8,13 @@ not be read. So the fingerprint of a set depends on what its files contain and n
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -19,7 +22,11 @@ from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 from torch import Tensor
 
 from lamina.data.cache import cached_array
@@ -36,6 +43,37 @@ _AT_ONCE = 64
 _ORIENTATION = 0x0112
 
 _DIGEST = 8
+
+#: endings of the files that are taken for images, in lower case
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+
+#: bytes of the largest file that is read
+MOST_BYTES = 200_000_000
+
+# A file of a few kB can unfold to many GB, so its header is believed before anything is decoded. A resize by
+# the short side would blow up a strip of 30000 x 1 just as well.
+_MOST_PIXELS = 100_000_000
+_LONGEST_SIDE = 30_000
+_LONGEST_TO_SHORTEST = 100
+
+#: images that stay above this many pixels are decoded one at a time: at five bytes and more for each, several
+#: at once can fill a memory
+_LARGE = 25_000_000
+_ONE_LARGE = threading.Lock()
+
+#: what people call .jpg that is none: where in a file, which bytes, what it is
+_OTHERS = (
+    (0, b"GIF8", "a GIF image"),
+    (0, b"II*\0", "a TIFF image"),
+    (0, b"MM\0*", "a TIFF image"),
+    (4, b"ftypavi", "an AVIF image"),
+    (4, b"ftyp", "a HEIC image or a video"),
+    (0, b"%PDF", "a PDF document"),
+    (0, b"version https://git-lfs", "the stand-in of a file that Git LFS has not fetched"),
+)
+
+#: characters that `printable` escapes; lone surrogates are the last
+_STEERING = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 T = TypeVar("T")
 
@@ -205,19 +243,100 @@ def _orientation(image: Image.Image) -> int:
 def decode_image(contents: bytes, max_side: int = 256) -> np.ndarray:
     """Decode one image to (3, height, width), uint8, turned upright by its EXIF tag and shrunk to `max_side`.
 
-    Raises whatever the decoder raises for contents that are not a whole image.
+    Raises whatever the decoder raises for contents that are not a whole image, and ValueError for an image too
+    large to be decoded; `reason` puts either into words.
     """
-    with Image.open(BytesIO(contents)) as image:
+    if len(contents) > MOST_BYTES:
+        raise ValueError(f"it has more than {MOST_BYTES // 10**6} MB; larger files are not read")
+    with _opened(BytesIO(contents)) as image:
         width, height = kept_size(*image.size, max_side)
         # a JPEG can be decoded at a half, a quarter or an eighth for a fraction of the time
         image.draft(None, (width, height))
         # conversion drops the tag from some formats, so its value is read first
         turned = _orientation(image)
-        plain = rgb(image)
-        if plain.size != (width, height):
-            plain = plain.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+        with _ONE_LARGE if math.prod(image.size) > _LARGE else nullcontext():
+            plain = rgb(image)
+            if plain.size != (width, height):
+                plain = plain.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+        # what else stood beside the tag may be damaged, and is not read again
+        plain.info.clear()
         plain.getexif()[_ORIENTATION] = turned
         return np.asarray(ImageOps.exif_transpose(plain)).transpose(2, 0, 1)
+
+
+def _opened(stream: BinaryIO) -> ImageFile.ImageFile:
+    """Open a JPEG, PNG, WEBP or BMP by its first bytes, and refuse it by its header; nothing is decoded.
+
+    The formats' classes are called without `Image.open`, which warns of large images through a filter that all
+    threads share, and draws its line elsewhere.
+    """
+    # as much as tells the format, and the size of a WEBP
+    head = stream.read(30)
+    stream.seek(0)
+    kind: type[ImageFile.ImageFile]
+    if head.startswith(b"\xff\xd8\xff"):
+        kind = JpegImageFile
+    elif head.startswith(b"\x89PNG\r\n\x1a\n"):
+        kind = PngImageFile
+    elif head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        kind = WebPImageFile
+        # its class makes room for all pixels when it opens
+        _refuse_size(*_webp_size(head))
+    elif head.startswith(b"BM"):
+        kind = BmpImageFile
+    else:
+        other = next((what for start, begins, what in _OTHERS if head[start:].startswith(begins)), None)
+        raise ValueError(f"it is {other}; JPEG, PNG, WEBP and BMP are read" if other else "cannot identify image file")
+    try:
+        image = kind(stream)
+    except SyntaxError:
+        raise ValueError("its header is damaged, or says that it has no pixels") from None
+    _refuse_size(*image.size)
+    return image
+
+
+def _refuse_size(width: int, height: int) -> None:
+    size = f"its header says {width} x {height} pixels"
+    if min(width, height) < 1:
+        raise ValueError(f"{size}: there is nothing to see")
+    if max(width, height) > _LONGEST_SIDE or width * height > _MOST_PIXELS:
+        most = f"{_LONGEST_SIDE} on a side and {_MOST_PIXELS // 10**6} million in all"
+        raise ValueError(f"{size}; at most {most} are read")
+    if max(width, height) > _LONGEST_TO_SHORTEST * min(width, height):
+        raise ValueError(f"{size}; one side may be at most {_LONGEST_TO_SHORTEST} times as long as the other")
+
+
+def _webp_size(head: bytes) -> tuple[int, int]:
+    """Return (width, height) from the first bytes of a WEBP file (RFC 9649, sections 2.5 to 2.7)."""
+
+    def number(start: int, stop: int) -> int:
+        return int.from_bytes(head[start:stop], "little")
+
+    if head[12:16] == b"VP8X":
+        return number(24, 27) + 1, number(27, 30) + 1
+    if head[12:16] == b"VP8L":
+        return (number(21, 25) & 0x3FFF) + 1, (number(21, 25) >> 14 & 0x3FFF) + 1
+    return number(26, 28) & 0x3FFF, number(28, 30) & 0x3FFF
+
+
+def reason(error: Exception) -> str:
+    """Put what a decoder raised into words: one short line that is safe to print."""
+    if isinstance(error, MemoryError):
+        return "there is not enough memory to decode it"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return printable(lines[0][:200].split(" <_io")[0].rstrip("."))
+
+
+def printable(text: str) -> str:
+    r"""Return a text in which nothing can steer a terminal; accents, scripts and emoji stay as they are.
+
+    Escaped are control characters, line separators, marks that turn the direction of writing, and the lone
+    surrogates that stand for bytes which are not UTF-8.
+
+    >>> print(printable("caf\u00e9\n\x1b[2J \u732b"))
+    café\n\x1b[2J 猫
+    """
+    return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def _measure(source: Encoded, wanted: np.ndarray, out: np.ndarray) -> None:
@@ -225,7 +344,7 @@ def _measure(source: Encoded, wanted: np.ndarray, out: np.ndarray) -> None:
 
     def size(stream: BinaryIO) -> tuple[int, int]:
         # the decoders raise almost anything for a file that is not an image
-        with stream, suppress(Exception), Image.open(stream) as image:
+        with stream, suppress(Exception), _opened(stream) as image:
             width, height = kept_size(*image.size, source.max_side)
             return (width, height) if _orientation(image) in (5, 6, 7, 8) else (height, width)
         return (0, 0)
@@ -239,7 +358,7 @@ def _decode(source: Encoded, wanted: np.ndarray, sizes: np.ndarray, ends: np.nda
 
     def pixels(stream: BinaryIO) -> tuple[bytes, np.ndarray | None]:
         with stream, suppress(Exception):
-            contents = stream.read()
+            contents = stream.read(MOST_BYTES + 1)
             digest = hashlib.blake2b(contents, digest_size=_DIGEST).digest()
             return digest, decode_image(contents, source.max_side)
         return bytes(_DIGEST), None
@@ -263,13 +382,13 @@ def _each(streams: Iterator[BinaryIO], work: Callable[[BinaryIO], T]) -> Iterato
 
 
 def _broken_sentence(source: Encoded, broken: np.ndarray) -> str:
-    first = source.address(int(broken[0]))
+    first = printable(source.address(int(broken[0])))
     why = "its pixels do not have the size that its header says"
     with next(iter(source.streams(broken[:1]))) as stream:
-        contents = stream.read()
+        contents = stream.read(MOST_BYTES + 1)
     try:
         decode_image(contents, source.max_side)
     except Exception as error:
-        why = "it is empty or cannot be opened" if not contents else str(error).split(" <_io")[0].rstrip(".")
+        why = "it is empty or cannot be opened" if not contents else reason(error)
     others = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
     return f"{first} cannot be read: {why}{others}; mend it, or leave broken images out by --skip-broken"

@@ -18,7 +18,7 @@ class Scores:
     terms: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Head(nn.Module, Watcher):  # type: ignore[misc]  # what is remembered is a module's own state_dict
+class Head(nn.Module, Watcher):  # in this order: what is remembered is the module's own state_dict
     """Features (B, F) to scores over every class met so far, in order of arrival."""
 
     def begin_task(self, index: int, classes: Sequence[str], columns: Sequence[int]) -> None:

@@ -1,0 +1,269 @@
+"""How sure and how new: F 5 features, 4 classes in two tasks, Gaussian clouds with a known covariance."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lamina.confidence import (
+    ClassStatistics,
+    Confidence,
+    Gaussians,
+    Known,
+    fitted_temperature,
+    learn_confidence,
+    raw_scores,
+    shrunk,
+    sureness,
+)
+from lamina.errors import ConfigError, ShapeError
+
+ROOT = torch.tensor(np.tril(np.random.default_rng(1).normal(size=(5, 5))) + 2 * np.eye(5))
+MEANS = 6 * torch.randn(4, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def cloud(count, seed=0, columns=range(4)):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.tensor(list(columns)).repeat(count)
+    noise = torch.randn(len(labels), 5, generator=generator, dtype=torch.float64)
+    return (MEANS[labels] + noise @ ROOT.mT).float(), labels
+
+
+def looked(*parts, classes=4):
+    statistics = ClassStatistics(5)
+    statistics.grow(classes)
+    for features, labels in parts:
+        statistics.collect(features, labels)
+    statistics.end_look(lambda total: total)
+    return statistics
+
+
+# ── class statistics ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_means_and_covariance_are_those_of_the_definition():
+    features, labels = cloud(300)
+    gaussians = looked((features, labels)).gaussians()
+    rows = features.double()
+    means = torch.stack([rows[labels == c].mean(0) for c in range(4)])
+    centred = rows - means[labels]
+    covariance = centred.mT @ centred / (len(rows) - 4)
+    torch.testing.assert_close(gaussians.means.double(), means, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gaussians.root @ gaussians.root.mT, covariance, rtol=0.02, atol=0.02)
+
+
+def test_neither_batches_nor_the_order_of_tasks_matter():
+    features, labels = cloud(13)
+    whole = looked((features, labels))
+    parted = ClassStatistics(5)
+    for columns in ([2, 3], [0, 1]):
+        parted.grow(4)
+        mine = torch.isin(labels, torch.tensor(columns))
+        for rows in torch.arange(len(labels))[mine].split(7):
+            parted.collect(features[rows], labels[rows])
+        parted.end_look(lambda total: total)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(parted.state_dict()[name], value, rtol=0, atol=1e-9)
+
+
+def test_two_processes_gather_what_one_does():
+    features, labels = cloud(9)
+    one = looked((features, labels))
+    halves = [ClassStatistics(5), ClassStatistics(5)]
+    for rank, half in enumerate(halves):
+        half.grow(4)
+        half.collect(features[rank::2], labels[rank::2])
+    other = iter(halves[1]._draft)
+    halves[0].end_look(lambda mine: mine + next(other))
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(halves[0].state_dict()[name], value, rtol=0, atol=1e-9)
+
+
+def test_an_unfinished_look_leaves_no_trace():
+    statistics = looked(cloud(5))
+    before = {name: value.clone() for name, value in statistics.state_dict().items()}
+    statistics.collect(*cloud(3, seed=9))
+    statistics.begin_look()
+    statistics.end_look(lambda total: total)
+    assert all(torch.equal(value, before[name]) for name, value in statistics.state_dict().items())
+
+
+def test_the_moment_is_exactly_symmetric():
+    moment = looked(cloud(50)).moment
+    assert torch.equal(moment, moment.mT)
+
+
+def test_statistics_come_back_and_grow_on():
+    statistics = looked(cloud(5))
+    again = ClassStatistics(5)
+    again.load_state_dict(statistics.state_dict())
+    again.grow(6)
+    assert again.sums.shape == (6, 5) and again.counts.tolist() == [5] * 4 + [0] * 2
+    again.collect(torch.ones(2, 5), torch.tensor([5, 0]))
+    again.end_look(lambda total: total)
+    assert again.counts.tolist() == [6, 5, 5, 5, 0, 1]
+
+
+@pytest.mark.parametrize("name", ["sums", "counts", "moment"])
+def test_statistics_that_do_not_fit_are_refused(name):
+    state = looked(cloud(5)).state_dict()
+    with pytest.raises(ShapeError, match="of the classes must have shape"):
+        ClassStatistics(5).load_state_dict({**state, name: torch.zeros(3, 7)})
+
+
+def test_spread_is_the_distance_from_the_common_mean():
+    features, labels = cloud(40)
+    rows = features.double()
+    expected = (rows - rows.mean(0)).square().sum(1).mean().sqrt()
+    assert looked((features, labels)).spread() == pytest.approx(float(expected), rel=1e-9)
+
+
+# ── Gaussians ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_distance_is_that_of_mahalanobis_to_the_nearest_mean():
+    features, _ = cloud(7, seed=4)
+    gaussians = Gaussians(MEANS.float(), ROOT)
+    inverse = torch.linalg.inv(ROOT @ ROOT.mT)
+    differences = features.double()[:, None] - MEANS
+    expected = torch.einsum("bcf,fg,bcg->bc", differences, inverse, differences).min(1).values.sqrt()
+    torch.testing.assert_close(gaussians.distances(features).double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_mean_itself_is_at_no_distance():
+    assert float(Gaussians(MEANS.float(), ROOT).distances(MEANS.float()).max()) < 1e-2
+
+
+def test_few_images_still_give_a_covariance_that_can_be_inverted():
+    features, labels = cloud(1)  # one image a class: nothing is left within classes
+    distances = looked((features, labels)).gaussians().distances(cloud(3, seed=5)[0])
+    assert distances.isfinite().all()
+
+
+def test_shrinkage_is_that_of_oas():
+    from sklearn.covariance import OAS
+
+    rows = np.random.default_rng(0).normal(size=(11, 5)) * np.array([1, 2, 3, 1, 5])
+    found = OAS().fit(rows)
+    ours = shrunk(torch.from_numpy(np.cov(rows.T, bias=True)), 11)
+    level, plain = np.trace(np.cov(rows.T, bias=True)) / 5, np.cov(rows.T, bias=True)
+    share = (plain[0, 1] - float(ours[0, 1])) / plain[0, 1]
+    assert 0 < share < 1 and share == pytest.approx(found.shrinkage_, rel=0.25)  # sklearn's formula drops 2 / p
+    torch.testing.assert_close(ours, torch.from_numpy((1 - share) * plain + share * level * np.eye(5)))
+
+
+# ── temperature ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def drawn_labels(logits, temperature):
+    generator = torch.Generator().manual_seed(3)
+    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+
+
+@pytest.mark.parametrize("temperature", [0.02, 1.0, 40.0])
+def test_the_temperature_that_labels_were_drawn_with_is_found(temperature):
+    logits = 2 * temperature * torch.randn(20_000, 4)
+    assert fitted_temperature(logits, drawn_labels(logits, temperature)) == pytest.approx(temperature, rel=0.05)
+
+
+def test_the_temperature_grows_with_the_logits():
+    logits = torch.randn(500, 4)
+    labels = drawn_labels(logits, 0.5)
+    assert fitted_temperature(30 * logits, labels) == pytest.approx(30 * fitted_temperature(logits, labels), rel=1e-4)
+
+
+def test_a_few_images_that_are_all_right_do_not_make_it_certain():
+    logits = F.one_hot(torch.arange(4)).float()
+    best = (logits / fitted_temperature(logits, torch.arange(4))).softmax(-1).max(-1).values
+    assert ((best > 0.6) & (best < 0.95)).all()
+
+
+@pytest.mark.parametrize("logits", [torch.zeros(3, 4), torch.zeros(1, 1)])
+def test_scores_that_say_nothing_have_a_temperature_too(logits):
+    found = fitted_temperature(logits, torch.zeros(len(logits), dtype=torch.int64))
+    assert math.isfinite(found) and found > 0
+
+
+# ── novelty ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def head(features):
+    """Scores of a linear classifier that knows the means."""
+    return features @ MEANS.float().mT - MEANS.float().square().sum(1) / 2
+
+
+def taught(held=50, seed=11):
+    features, labels = cloud(held, seed=seed)
+    gaussians = looked(cloud(100)).gaussians()
+    return learn_confidence(Confidence(), head(features), features, labels, gaussians), gaussians
+
+
+def test_one_is_what_all_but_a_twentieth_of_known_images_stay_below():
+    confidence, gaussians = taught(held=500)
+    features, _ = cloud(2000, seed=12)
+    for values in sureness(head(features), features, gaussians, confidence).novelty.values():
+        assert float((values > 1).float().mean()) == pytest.approx(0.05, abs=0.015)
+        assert float(values.median()) == pytest.approx(0.0, abs=0.1)
+
+
+def test_what_lies_far_from_all_means_looks_new():
+    confidence, gaussians = taught()
+    far = MEANS.float() * 0 + torch.tensor([40.0, -40, 40, -40, 40])
+    assert (sureness(head(far), far, gaussians, confidence).novelty["mahalanobis"] > 3).all()
+
+
+def test_energy_is_that_of_its_paper():
+    features, _ = cloud(2)
+    found = raw_scores(head(features), features, Gaussians(MEANS.float(), ROOT), 3.0)["energy"]
+    torch.testing.assert_close(found, -3.0 * (head(features) / 3).exp().double().sum(1).log().float())
+
+
+def test_probabilities_are_those_of_the_temperature():
+    confidence, gaussians = taught()
+    features, _ = cloud(3, seed=7)
+    found = sureness(head(features), features, gaussians, confidence).probabilities
+    torch.testing.assert_close(found, (head(features) / confidence.temperature).softmax(-1))
+
+
+def test_without_held_out_images_there_is_no_threshold_and_the_temperature_stays():
+    nothing = torch.zeros(0, 4), torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64)
+    confidence = learn_confidence(Confidence(), *nothing, looked(cloud(9)).gaussians())
+    assert confidence.temperature == 1.0 and confidence.scale("energy") is None
+    assert [known.images for known in confidence.tasks] == [0]
+
+
+def test_a_threshold_weighs_tasks_by_their_held_out_images():
+    def known(images, low, high):
+        return Known(images=images, quantiles={"energy": np.linspace(low, high, 101).tolist()})
+
+    assert Confidence(tasks=[known(30, 0.0, 1.0)]).scale("energy") == pytest.approx((0.5, 0.95), abs=0.01)
+    both = Confidence(tasks=[known(30, 0.0, 1.0), known(10, 2.0, 3.0), known(0, 90.0, 99.0)])
+    middle, limit = both.scale("energy")
+    assert middle == pytest.approx(2 / 3, abs=0.02) and limit == pytest.approx(2.8, abs=0.03)
+
+
+def test_the_temperature_is_the_mean_of_the_tasks_in_proportion_to_their_held_out_images():
+    tasks = [Known(images=10, temperature=2.0), Known(images=0, temperature=9.0), Known(images=30, temperature=4.0)]
+    assert Confidence(tasks=tasks).temperature == pytest.approx(2 ** (10 / 40) * 4 ** (30 / 40))
+    assert Confidence().temperature == 1.0
+
+
+def test_energies_of_later_tasks_are_measured_as_those_of_the_first():
+    confidence, gaussians = taught()
+    features, labels = cloud(9, seed=8)
+    later = learn_confidence(confidence, 5 * head(features), features, labels, gaussians)
+    assert later.unit == confidence.unit != later.temperature
+    energies = raw_scores(5 * head(features), features, gaussians, confidence.unit)["energy"]
+    assert later.tasks[1].quantiles["energy"][100] == pytest.approx(float(energies.max()))
+
+
+def test_confidence_survives_json():
+    confidence, _ = taught()
+    assert Confidence.model_validate_json(confidence.model_dump_json()) == confidence
+
+
+def test_confidence_without_sense_is_refused():
+    with pytest.raises(ConfigError, match="temperature must be above 0"):
+        Known(images=1, temperature=0.0)

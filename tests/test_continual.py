@@ -1,0 +1,306 @@
+"""A model in memory: lessons add up, nothing half-done stays, and what comes back from a file is the same."""
+
+import numpy as np
+import pytest
+import torch
+
+from lamina.backbones.load import Backbone
+from lamina.config import Settings
+from lamina.continual import ContinualModel, lesson_settings
+from lamina.data.material import Material
+from lamina.data.pictures import ArrayPictures
+from lamina.errors import ConfigError, DataError, LaminaError, ModelFileError, ResumeError, TrainingError
+from lamina.learner import Learner
+from lamina.methods.nearest_mean import NearestMean
+from lamina.modelfile import ModelFile
+from lamina.registry import method_names
+from lamina.training.progress import Progress
+from lamina.training.trainer import Stopped
+from tests.conftest import make_tiny_vit
+
+FAST = {"epochs": 1, "batch_size": 8}
+RNG = np.random.default_rng(0)
+FACES = RNG.uniform(0, 255, (8, 3, 4, 4)).repeat(6, axis=2).repeat(6, axis=3)  # one picture a class, 24 x 24
+
+
+def material(*classes, train=7, held=3, seed=0):
+    """Noisy copies of the pictures of some classes, called "c0", "c1", ..."""
+    random = np.random.default_rng([seed, *classes])
+    labels = np.repeat(np.arange(len(classes)), train + held)
+    pixels = FACES[np.array(classes)[labels]] + random.normal(0, 20, (len(labels), 3, 24, 24))
+    images = ArrayPictures(pixels.clip(0, 255).astype(np.uint8), labels)
+    aside = np.arange(len(labels)) % (train + held) >= train
+    return Material(images, [f"c{c}" for c in classes], np.flatnonzero(~aside), np.flatnonzero(aside))
+
+
+def pixels_of(model, material):
+    return torch.stack([model.plain(material.images.image(int(i))) for i in material.held])
+
+
+def model_of(method="nearest-mean", **settings):
+    return ContinualModel(method, settings=settings if settings or "vpt" not in method else FAST, precision="32")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    """A backbone of three blocks, 32 x 32 pixels, under the name of the one that ships."""
+    pixels = {"size": 32, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+
+    def load(name, dtype):
+        with torch.random.fork_rng():
+            return Backbone(name, make_tiny_vit(dtype), pixels)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lamina.continual.load_backbone", load)
+        yield
+
+
+@pytest.fixture(scope="module")
+def kept(small):
+    """vpt-nsp2 after two lessons, as a file; reading it back is cheap."""
+    model = model_of("vpt-nsp2")
+    model.learn(material(0, 1, 2), name="first")
+    model.learn(material(3, 4))
+    return model.file()
+
+
+def test_classes_come_in_order_of_arrival_and_are_told_apart():
+    model = model_of()
+    first, second = material(5, 1), material(0, 7, 2)
+    assert model.learn(first).accuracy == 1.0
+    lesson = model.learn(second, name="spring")
+    assert model.classes == ["c5", "c1", "c0", "c7", "c2"]
+    assert (lesson.columns, lesson.images, lesson.held_out, lesson.name) == ([2, 3, 4], 21, 9, "spring")
+    for known, columns in ((first, [0] * 3 + [1] * 3), (second, [2] * 3 + [3] * 3 + [4] * 3)):
+        assert model.judge(pixels_of(model, known)).probabilities.argmax(1).tolist() == columns
+
+
+def test_what_a_file_brings_back_says_the_same_to_the_bit(kept):
+    model = model_of("vpt-nsp2")
+    model.learn(material(0, 1, 2), name="first")
+    model.learn(material(3, 4))
+    pixels = pixels_of(model, material(0, 3, 6))
+    ours, theirs = model.judge(pixels), ContinualModel.load(kept).judge(pixels)
+    assert torch.equal(ours.probabilities, theirs.probabilities)
+    for name, values in ours.novelty.items():
+        torch.testing.assert_close(values, theirs.novelty[name], rtol=0, atol=0)
+
+
+def test_learning_on_from_a_file_is_learning_on_in_memory(kept, tmp_path, monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1000000000")
+    through = model_of("vpt-nsp2")
+    through.learn(material(0, 1, 2))
+    file = through.file()
+    file.write(tmp_path / "m.lamina")
+    through.learn(material(3, 4), base=file.checksum)
+    resumed = ContinualModel.load(tmp_path / "m.lamina")
+    lesson = resumed.learn(material(3, 4), base=file.checksum)
+    assert resumed.file().checksum == through.file().checksum
+    assert lesson.date == "2001-09-09T01:46:40Z" and lesson.seconds is None
+
+
+def test_a_lesson_that_fails_leaves_the_model_as_it_was(kept):
+    model = ContinualModel.load(kept)
+    with pytest.raises(TrainingError):
+        broken = ContinualModel.load(kept, settings={"lr": 1e30, "epochs": 3})
+        try:
+            broken.learn(material(5, 6))
+        finally:
+            assert broken.classes == model.classes and len(broken.lessons) == 2
+            for name, value in broken.model.learned().items():
+                assert torch.equal(value, model.model.learned()[name])
+
+
+class Halfway(Progress):
+    def __init__(self):
+        self.steps = 0
+
+    def advance(self, images, loss=None):
+        self.steps += 1
+
+
+@pytest.mark.parametrize("stop_after", [1, 2])
+def test_a_lesson_that_was_stopped_goes_on_to_the_same_end(kept, tmp_path, stop_after, monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "5")
+    undisturbed = ContinualModel.load(kept)
+    undisturbed.learn(material(5, 6), base="x")
+    model, watch = ContinualModel.load(kept), Halfway()
+    with pytest.raises(Stopped):
+        model.learn(
+            material(5, 6), base="x", work=tmp_path, progress=watch, should_stop=lambda: watch.steps >= stop_after
+        )
+    assert model.classes == ["c0", "c1", "c2", "c3", "c4"]
+    again, steps = ContinualModel.load(kept), Halfway()
+    again.learn(material(5, 6), base="x", work=tmp_path, progress=steps)
+    assert again.file().checksum == undisturbed.file().checksum
+    assert steps.steps < 2 + 2  # 14 images are two steps, and two looks
+
+
+def test_work_on_another_lesson_is_not_taken_up(kept, tmp_path):
+    model, watch = ContinualModel.load(kept), Halfway()
+    with pytest.raises(Stopped):
+        model.learn(material(5, 6), work=tmp_path, progress=watch, should_stop=lambda: watch.steps >= 1)
+    with pytest.raises(ResumeError, match="was made with images = "):
+        ContinualModel.load(kept).learn(material(5, 7), work=tmp_path)
+
+
+# ── classes that are known, tasks that are too small ─────────────────────────────────────────────────
+
+
+def test_known_classes_are_refused_all_by_name(kept):
+    with pytest.raises(ConfigError) as error:
+        ContinualModel.load(kept).learn(material(4, 6, 1))
+    assert str(error.value).startswith("the model knows 'c4', 'c1' already; ")
+
+
+@pytest.mark.parametrize("method", ["nearest-mean", "vpt-nsp2", "vpt-deep", "linear-probe"])
+def test_known_classes_can_get_more_examples_and_keep_their_columns(method):
+    model = model_of(method)
+    model.learn(material(0, 1))
+    before = model.statistics.counts.clone()
+    lesson = model.learn(material(1, 3, 0, seed=4), existing="extend")
+    assert model.classes == ["c0", "c1", "c3"] and lesson.classes == ["c0", "c1", "c3"] and lesson.columns == [0, 1, 2]
+    assert (model.statistics.counts[:2] - before).tolist() == [7, 7]
+    again = ContinualModel.load(model.file())
+    pixels = pixels_of(again, material(3, 0))
+    assert torch.equal(again.judge(pixels).probabilities, model.judge(pixels).probabilities)
+    model.learn(material(0, 1, seed=9), existing="extend")
+    assert model.classes == ["c0", "c1", "c3"]
+
+
+def test_one_class_alone_is_refused_where_it_would_have_nothing_to_be_told_from():
+    with pytest.raises(ConfigError, match="a lesson needs at least two; got 'c3' alone"):
+        model_of("vpt-nsp2").learn(material(3))
+
+
+def test_class_means_take_one_class_at_a_time():
+    singly, at_once = model_of(), model_of()
+    images = material(3, 0, 6)
+    at_once.learn(images)
+    for label in range(3):
+        own = images.images.labels == label
+        singles = ArrayPictures(images.images.pixels[own], np.zeros(own.sum(), np.int64))
+        places = np.cumsum(own) - 1
+        train, held = (places[part[own[part]]] for part in (images.train, images.held))
+        singly.learn(Material(singles, [images.names[label]], train, held))
+    pixels = pixels_of(singly, images)
+    ours, theirs = (model.judge(pixels).probabilities.argmax(1) for model in (singly, at_once))
+    assert torch.equal(ours, theirs) and ours.unique().tolist() == [0, 1, 2]
+
+
+def test_the_upper_bound_takes_no_lessons():
+    with pytest.raises(ConfigError, match="joint learns all classes at once, so it cannot take lessons"):
+        ContinualModel("joint")
+
+
+def test_a_model_that_knows_nothing_says_so():
+    model = model_of()
+    with pytest.raises(ConfigError, match="knows no class yet"):
+        model.judge(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
+def test_a_lesson_without_images_is_refused():
+    nothing = material(0, 1)
+    with pytest.raises(DataError, match="no image is left for training"):
+        model_of().learn(Material(nothing.images, nothing.names, nothing.train[:0], nothing.held))
+
+
+def test_without_held_out_images_there_is_no_accuracy_but_a_drift():
+    model = model_of("vpt-nsp2")
+    for classes in ((0, 1), (2, 3)):
+        lesson = model.learn(material(*classes, held=0))
+    assert lesson.accuracy is None and lesson.drift["old"] > 0 and model.confidence.scale("energy") is None
+
+
+# ── predictions ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("method", [name for name in method_names() if name != "joint"])
+def test_what_is_said_of_an_image_does_not_depend_on_the_others(method):
+    model = model_of(method)
+    model.learn(material(0, 1, 2))
+    pixels = pixels_of(model, material(2, 0, 5))
+    together, alone = model.judge(pixels), [model.judge(pixels[i : i + 1]) for i in range(len(pixels))]
+    torch.testing.assert_close(together.probabilities, torch.cat([said.probabilities for said in alone]))
+    for name, values in together.novelty.items():
+        torch.testing.assert_close(values, torch.cat([said.novelty[name] for said in alone]), rtol=1e-3, atol=1e-3)
+
+
+def test_images_unlike_all_that_was_learned_look_newer():
+    model = model_of()
+    model.learn(material(0, 1, 2, train=20, held=10))
+    known, new = (model.judge(pixels_of(model, material(*c))).novelty["mahalanobis"] for c in ((0, 1, 2), (5, 6, 7)))
+    assert new.min() > known.max()
+
+
+def test_random_numbers_of_the_caller_are_left_alone():
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    model = model_of("vpt-nsp2")
+    model.learn(material(0, 1))
+    assert torch.equal(torch.rand(3), expected)
+
+
+# ── files that do not fit ────────────────────────────────────────────────────────────────────────────
+
+
+def changed(file, **values):
+    return ModelFile(**{**file.__dict__, **values})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"method": "vpt-nps2"}, "no method is called 'vpt-nps2'; did you mean 'vpt-nsp2'?"),
+        ({"settings": {"epochs": 0}}, "VPTNSP2.epochs must be at least 1"),
+        ({"confidence": {"tasks": [], "more": 1}}, "no setting is called 'more'"),
+        (
+            {"backbone": {"name": "lamina:vit-nano", "fingerprint": "0123"}},
+            "learned on lamina:vit-nano with fingerprint",
+        ),
+        ({"learned": {}}, "has (4, 24) as 'prompts.values.0', the model file has nothing"),
+        ({"memory": []}, "what the model file remembers does not fit vpt-nsp2"),
+        ({"memory": [{}, {}, {}]}, "what the model file remembers does not fit vpt-nsp2"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused_in_one_line(kept, values, message):
+    if "settings" in values:
+        values = {"settings": {**kept.settings, **values["settings"]}}
+    with pytest.raises(ModelFileError) as error:
+        ContinualModel.load(changed(kept, **values))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_that_asks_for_a_huge_model_is_refused_without_making_it(kept):
+    with pytest.raises(ModelFileError, match=r"has \(1000000000, 24\) as 'prompts.values.0'"):
+        ContinualModel.load(changed(kept, settings={**kept.settings, "length": 10**9}))
+
+
+def test_a_setting_that_shapes_what_was_learned_cannot_be_changed(kept):
+    with pytest.raises(ConfigError, match="a setting was changed that must stay as it is"):
+        ContinualModel.load(kept, settings={"length": 5})
+    assert ContinualModel.load(kept, settings={"lr": 0.5}).settings.lr == 0.5
+
+
+def test_every_method_with_settings_for_lessons_takes_them():
+    for name in method_names():
+        for key in lesson_settings(name):
+            assert key in __import__("lamina.registry", fromlist=["x"]).method_class(name).model_fields
+
+
+def test_a_method_of_ones_own_is_kept_like_any_other(monkeypatch):
+    """Nothing but the registry knows names."""
+
+    class Mine(Settings):
+        def build(self, tower) -> Learner:
+            return NearestMean().build(tower)
+
+    monkeypatch.setattr("lamina.continual.method_class", lambda name: Mine)
+    model = ContinualModel("mine")
+    model.learn(material(0, 1))
+    assert ContinualModel.load(model.file()).classes == ["c0", "c1"]
+
+
+def test_errors_are_ours(kept):
+    assert issubclass(ModelFileError, LaminaError)

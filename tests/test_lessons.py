@@ -1,0 +1,606 @@
+"""`lamina learn`: killed, doubled, interrupted or fed nonsense, and MODEL is the old one or the new one, never less."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lamina.errors import StorageError
+from lamina.lessons import learn_folder
+from lamina.modelfile import ModelFile
+from lamina.training.log import Log
+from lamina.training.trainer import Stopped, Trainer
+from tests.commands import BACKBONE, EPOCH, Forked, beside, called, pictures, wait_for
+
+#: steps of lesson b: 3 classes of 6 pictures, one of each held out, in batches of 4, twice
+STEPS = 8
+
+#: a checkpoint after every second step, not after a hundred
+OFTEN = """
+import lamina.continual as continual
+Trainer = continual.Trainer
+continual.Trainer = lambda *parts, checkpoint_every=0, **more: Trainer(*parts, checkpoint_every=2, **more)
+"""
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    """Folders a (ant, bee), b (cat, dog, elk), c (fox, gnu); vpt.lamina and mean.lamina have learned a."""
+    root = tmp_path_factory.mktemp("shop")
+    for name, classes in {"a": ("ant", "bee"), "b": ("cat", "dog", "elk"), "c": ("fox", "gnu")}.items():
+        pictures(root / name, classes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SOURCE_DATE_EPOCH", EPOCH)
+        settings = {"epochs": 2, "batch_size": 4}
+        learn_folder(root / "vpt.lamina", root / "a", backbone=BACKBONE, settings=settings)
+        learn_folder(root / "mean.lamina", root / "a", backbone=BACKBONE, method="nearest-mean")
+    return root
+
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+    """Return a function from words to (exit code, stdout, lines of stderr)."""
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", EPOCH)
+    number = signal.getsignal(signal.SIGTERM)
+    yield lambda *words: called(monkeypatch, capfd, *words)
+    signal.signal(signal.SIGTERM, number)
+
+
+@pytest.fixture(params=["vpt", "mean"])
+def either(request, shop, tmp_path):
+    """A copy of a model of each method."""
+    return copied(shop, request.param, tmp_path)
+
+
+@pytest.fixture
+def vpt(shop, tmp_path):
+    return copied(shop, "vpt", tmp_path)
+
+
+@pytest.fixture
+def mean(shop, tmp_path):
+    return copied(shop, "mean", tmp_path)
+
+
+def copied(shop, name, folder):
+    (folder / "models").mkdir()
+    return shutil.copy(shop / f"{name}.lamina", folder / "models" / "shop.lamina")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shop, tmp_path_factory):
+    """The file after lesson b, as bytes, and how many seconds the process lived."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    path = copied(shop, "vpt", folder)
+    Forked("inspect", path, folder=folder).end()  # waits until the server is there
+    begun = time.monotonic()
+    code, _, errors = Forked("learn", path, shop / "b", folder=folder, first=OFTEN).end()
+    assert code == 0, errors
+    return path.read_bytes(), time.monotonic() - begun
+
+
+# ── killed ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def killed_and_begun_again(shop, undisturbed, folder, moment):
+    """Kill a lesson at a moment, 0 to 1 of its life; look at the file; learn again and look again."""
+    path, (new, life) = copied(shop, "vpt", folder), undisturbed
+    words = ["learn", path, shop / "b"]
+    process = Forked(*words, folder=folder, first=OFTEN)
+    time.sleep(moment * life)
+    assert process.kill() in (-signal.SIGKILL, 0)
+    left = path.read_bytes()
+    assert left in ((shop / "vpt.lamina").read_bytes(), new)
+    code, _, errors = Forked(*words, folder=folder, first=OFTEN).end()
+    # When all was done but for the exit of the process, there is nothing to go on with.
+    assert code == 0 or (left == new and "the model knows 'cat', 'dog', 'elk' already" in errors[-1]), errors
+    assert path.read_bytes() == new
+    assert beside(path) == [".shop.lamina.lock", "shop.lamina", "shop.lamina.bak"]
+    assert ModelFile.read(path).classes == ["ant", "bee", "cat", "dog", "elk"]
+    assert (path.parent / "shop.lamina.bak").read_bytes() == (shop / "vpt.lamina").read_bytes()
+
+
+@pytest.mark.parametrize("number", range(10))
+def test_a_lesson_killed_at_any_moment_leaves_a_whole_file_and_ends_as_if_it_had_not_been(
+    shop, undisturbed, tmp_path, number
+):
+    killed_and_begun_again(shop, undisturbed, tmp_path, (number + random.Random(number).random()) / 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(50))
+def test_a_lesson_killed_at_fifty_moments_leaves_a_whole_file_and_ends_as_if_it_had_not_been(
+    shop, undisturbed, tmp_path, number
+):
+    killed_and_begun_again(shop, undisturbed, tmp_path, random.Random(1000 + number).random())
+
+
+class Snapshots:
+    """What lies in a folder before each change of a file in it, and in training: what a kill there would leave."""
+
+    def __init__(self, folder, patch):
+        self.folder, self.kept, self.writing, self.steps = folder, {}, False, 0
+        for name in ("replace", "fsync", "link", "unlink", "rmdir"):
+            patch.setattr(os, name, self._before(name, getattr(os, name)))
+        patch.setattr(ModelFile, "write", self._around("write", ModelFile.write))
+        patch.setattr(Log, "step", self._around("step", Log.step))
+        patch.setattr(Trainer, "_look_back", self._around("look back", Trainer._look_back))
+
+    def take(self, label):
+        tree = {path: path.read_bytes() if path.is_file() else None for path in sorted(self.folder.rglob("*"))}
+        self.kept.setdefault(tuple(tree.items()), label)
+
+    def _before(self, name, function):
+        def call(*arguments, **named):
+            if self.writing:
+                self.take(f"before {name} {arguments[0]}")
+            return function(*arguments, **named)
+
+        return call
+
+    def _around(self, name, function):
+        def call(*arguments, **named):
+            self.writing = self.writing or name == "write"
+            result = function(*arguments, **named)
+            self.steps += name == "step"
+            if name != "step" or self.steps in (1, 4, STEPS - 1):
+                self.take(f"after {name} {self.steps}")
+            return result
+
+        return call
+
+
+def test_a_kill_after_a_step_or_at_any_point_of_writing_and_cleaning_up_loses_nothing(shop, vpt, tmp_path, command):
+    old = vpt.read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lamina.continual.Trainer", lambda *a, **more: Trainer(*a, **more | {"checkpoint_every": 2}))
+        snapshots = Snapshots(vpt.parent, patch)
+        assert command("learn", vpt, shop / "b")[0] == 0
+    new, seen = vpt.read_bytes(), set()
+    assert snapshots.steps == STEPS
+    for number, (tree, label) in enumerate(snapshots.kept.items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for path, content in tree:
+            place = folder / path.relative_to(vpt.parent)
+            place.mkdir(parents=True) if content is None else place.write_bytes(content)
+        path = folder / "shop.lamina"
+        left = path.read_bytes()
+        assert left in (old, new), label
+        code, out, errors = command("learn", path, shop / "b")
+        cleaned = left == new and not any(".learning" in str(place) and place.suffix == ".json" for place, _ in tree)
+        assert code == (2 if cleaned else 0), (label, errors)
+        assert not cleaned or "the model knows 'cat', 'dog', 'elk' already" in errors[0]
+        assert (left == new and not cleaned) == ("learned this already" in "".join(errors)), (label, errors)
+        assert path.read_bytes() == new, label
+        assert beside(path) == [".shop.lamina.lock", "shop.lamina", "shop.lamina.bak"], label
+        seen.add((" ".join(label.split()[:2]), left == new, code))
+    wanted = {("after step", False), ("after look", False), ("before fsync", False), ("before link", False)}
+    wanted |= {("before replace", False), ("after write", True), ("before unlink", True), ("before rmdir", True)}
+    assert wanted <= {found[:2] for found in seen}
+
+
+# ── interrupted ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_lesson_that_is_asked_to_stop_says_so_and_goes_on_to_the_same_bytes(
+    shop, undisturbed, vpt, command, monkeypatch
+):
+    step, taken = Log.step, []
+
+    def signalled(*arguments):
+        step(*arguments)
+        taken.append(1)
+        if len(taken) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    old = vpt.read_bytes()
+    monkeypatch.setattr(Log, "step", signalled)
+    code, out, errors = command("learn", vpt, shop / "b")
+    assert (code, out, errors[-1]) == (75, "", "stopped; go on with `the same command`")
+    assert vpt.read_bytes() == old
+    assert command("learn", vpt, shop / "b")[0] == 0
+    assert len(taken) == STEPS  # none was taken twice
+    assert vpt.read_bytes() == undisturbed[0]
+
+
+def interrupted(path, folder, **given):
+    """Begin a lesson and stop after its first step."""
+    with pytest.raises(Stopped):
+        learn_folder(path, folder, should_stop=lambda: True, **given)
+
+
+def test_an_unfinished_lesson_is_in_the_way_of_another_until_it_is_dropped(shop, vpt, command):
+    interrupted(vpt, shop / "b")
+    old = vpt.read_bytes()
+    assert command("learn", vpt, shop / "c") == (
+        2, "",
+        [
+            f"lamina: a lesson from {shop / 'b'} is not finished: run `lamina learn` on that folder again, or give "
+            "--discard to drop it"
+        ],
+    )  # fmt: skip
+    assert vpt.read_bytes() == old
+    assert command("learn", vpt, shop / "c", "--discard")[0] == 0
+    assert ModelFile.read(vpt).classes == ["ant", "bee", "fox", "gnu"]
+    assert beside(vpt) == [".shop.lamina.lock", "shop.lamina", "shop.lamina.bak"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (["--set", "lr=0.02"], "settings.lr = 0.01; this run has 0.02"),
+        (["--set", "epochs=3"], "settings.epochs = 2; this run has 3"),
+        (["--precision", "32"], "precision = "),
+        (["--holdout", "0.5"], "images = "),
+    ],
+)
+def test_an_unfinished_lesson_does_not_go_on_under_other_settings(shop, vpt, command, change, named):
+    interrupted(vpt, shop / "b", precision="bf16")
+    old = vpt.read_bytes()
+    words = ["learn", vpt, shop / "b", "--precision", "bf16", *change]
+    code, out, errors = command(*words)
+    assert (code, out, len(errors)) == (2, "", 1)
+    assert f"was made with {named}" in errors[0]
+    assert errors[0].endswith(". Give what was given before, or --discard to begin the lesson anew")
+    assert vpt.read_bytes() == old
+    assert command(*words, "--discard")[0] == 0
+    assert ModelFile.read(vpt).classes == ["ant", "bee", "cat", "dog", "elk"]
+
+
+def test_an_unfinished_lesson_does_not_go_on_upon_another_version_of_the_file(shop, vpt, command):
+    interrupted(vpt, shop / "b")
+    shutil.copy(shop / "mean.lamina", vpt)
+    code, _, errors = command("learn", vpt, shop / "b")
+    assert (code, errors) == (
+        2,
+        [
+            f"lamina: a lesson from {shop / 'b'} is not finished, and {vpt} is another than it was begun with: put that "
+            "one back, or give --discard to begin the lesson anew"
+        ],
+    )
+
+
+def test_a_first_lesson_that_was_interrupted_goes_on_to_the_same_bytes(shop, tmp_path, command):
+    words = ["--backbone", BACKBONE, "--set", "epochs=2", "--set", "batch_size=4"]
+    interrupted(tmp_path / "new.lamina", shop / "a", backbone=BACKBONE, settings={"epochs": 2, "batch_size": 4})
+    assert not (tmp_path / "new.lamina").exists()
+    assert command("learn", tmp_path / "new.lamina", shop / "a", *words)[0] == 0
+    assert (tmp_path / "new.lamina").read_bytes() == (shop / "vpt.lamina").read_bytes()
+    assert beside(tmp_path / "new.lamina") == [".new.lamina.lock", "new.lamina"]
+
+
+@pytest.fixture
+def left_over(shop, mean, monkeypatch, tmp_path):
+    """A model whose last lesson, of a copy of b, was killed before its work folder was gone; and that copy."""
+    folder = shutil.copytree(shop / "b", tmp_path / "photos")
+    monkeypatch.setattr("lamina.lessons._remove", lambda work: None)
+    learn_folder(mean, folder)
+    monkeypatch.undo()
+    assert (mean.parent / ".shop.lamina.learning").is_dir()
+    return mean, folder
+
+
+def test_a_finished_lesson_whose_work_was_left_over_is_not_learned_twice(left_over, command):
+    path, folder = left_over
+    old = path.read_bytes()
+    code, out, errors = command("learn", path, folder)
+    assert code == 0 and errors == [f"{path} had learned this already, before it was interrupted"]
+    assert out.splitlines()[0] == "lesson 2: cat, dog, elk"
+    assert path.read_bytes() == old
+    assert beside(path) == [".shop.lamina.lock", "shop.lamina", "shop.lamina.bak"]
+
+
+@pytest.mark.parametrize("words", [[], ["--discard"]])
+def test_a_finished_lesson_whose_work_was_left_over_is_not_in_the_way_of_another(left_over, shop, command, words):
+    path, _ = left_over
+    assert command("learn", path, shop / "c", *words)[0] == 0
+    assert [lesson.classes for lesson in ModelFile.read(path).lessons][1:] == [["cat", "dog", "elk"], ["fox", "gnu"]]
+    assert beside(path) == [".shop.lamina.lock", "shop.lamina", "shop.lamina.bak"]
+
+
+def test_a_folder_that_was_filled_anew_is_another_lesson_than_the_left_over_one(left_over, command):
+    path, folder = left_over
+    for name in ("cat", "dog", "elk"):
+        shutil.rmtree(folder / name)
+    pictures(folder, ["hen", "ibis"])
+    assert command("learn", path, folder)[0] == 0
+    assert ModelFile.read(path).classes == ["ant", "bee", "cat", "dog", "elk", "hen", "ibis"]
+
+
+# ── two at once ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_while_one_process_learns_another_is_refused_and_after_its_death_goes_on(shop, mean, tmp_path, command):
+    old = mean.read_bytes()
+    sleep = "import time, lamina.lessons as lessons; lessons._material = lambda *parts: time.sleep(600)"
+    first = Forked("learn", mean, shop / "b", folder=tmp_path, first=sleep)
+    wait_for((mean.parent / ".shop.lamina.learning" / "lesson.json").exists)
+    assert command("learn", mean, shop / "b") == (
+        2, "", [f"lamina: {mean} is being taught by another process; wait until it is done, then run this again"],
+    )  # fmt: skip
+    assert command("inspect", mean)[0] == 0  # a reader need not wait
+    assert first.process.is_alive() and mean.read_bytes() == old
+    assert first.kill() == -signal.SIGKILL
+    assert command("learn", mean, shop / "b")[0] == 0
+    assert ModelFile.read(mean).classes == ["ant", "bee", "cat", "dog", "elk"]
+
+
+def test_two_lessons_begun_together_both_come_into_the_file_when_the_refused_one_is_repeated(shop, mean, tmp_path):
+    def learn(*names):
+        running = []
+        for name in names:
+            (tmp_path / name).mkdir(exist_ok=True)
+            running.append(Forked("learn", mean, shop / name, folder=tmp_path / name))
+        ended = {name: process.end() for name, process in zip(names, running, strict=True)}
+        assert all(
+            code == 0 or "is being taught by another process" in errors[-1] for code, _, errors in ended.values()
+        )
+        return [name for name, (code, _, _) in ended.items() if code]
+
+    refused = learn("b", "c")
+    assert len(refused) < 2
+    assert not refused or learn(*refused) == []
+    assert sorted(ModelFile.read(mean).classes) == ["ant", "bee", "cat", "dog", "elk", "fox", "gnu"]
+
+
+def test_an_error_of_the_system_inside_a_lesson_is_not_blamed_on_the_model_file(shop, mean, monkeypatch):
+    def fail(*parts):
+        raise PermissionError(13, "Permission denied", "somewhere")
+
+    monkeypatch.setattr("lamina.lessons._material", fail)
+    with pytest.raises(PermissionError):
+        learn_folder(mean, shop / "b")
+
+
+def test_a_place_that_cannot_be_written_to_is_refused(shop, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"new\.lamina could not be written: (File exists|Not a directory)$"):
+        learn_folder(tmp_path / "file" / "new.lamina", shop / "a")
+
+
+def test_a_link_to_a_model_stays_a_link_and_shares_its_lock(shop, mean, tmp_path):
+    link = tmp_path / "current.lamina"
+    link.symlink_to(mean)
+    learn_folder(link, shop / "b")
+    assert link.is_symlink() and beside(link) == ["current.lamina", "models"]
+    assert ModelFile.read(mean).classes == ["ant", "bee", "cat", "dog", "elk"]
+
+
+# ── what a user can mend ─────────────────────────────────────────────────────────────────────────────
+
+
+def refused(command, path, *words):
+    """Learn what cannot be learned; return the message, after a look at what is left."""
+    old, there = path.read_bytes() if path.is_file() else None, beside(path)
+    code, out, errors = command("learn", path, *words)
+    assert (code, out, len(errors)) == (2, "", 1), errors
+    assert (path.read_bytes() if path.is_file() else None) == old
+    assert set(beside(path)) <= {*there, f".{path.name}.lock"}
+    return errors[0].removeprefix("lamina: ")
+
+
+KNOWS = "rename what is new, or give known classes further examples with --existing extend"
+
+
+def test_known_classes_are_refused_by_name(shop, either, tmp_path, command):
+    assert refused(command, either, shop / "a") == f"the model knows 'ant', 'bee' already; {KNOWS}"
+    mixed = pictures(tmp_path / "mixed", ["bee", "cow"])
+    assert refused(command, either, mixed) == f"the model knows 'bee' already; {KNOWS}"
+
+
+def test_known_classes_take_further_examples_into_the_same_columns(shop, either, tmp_path, command):
+    before = ModelFile.read(either)
+    again = pictures(tmp_path / "again", ["bee", "ant"], seed=7)
+    assert command("learn", either, again, "--existing", "extend", "--name", "more")[0] == 0
+    after = ModelFile.read(either)
+    assert after.classes == ["ant", "bee"]
+    assert (after.lessons[1].classes, after.lessons[1].columns, after.lessons[1].name) == (
+        ["ant", "bee"],
+        [0, 1],
+        "more",
+    )
+    assert (after.memory[-1]["counts"] == 2 * before.memory[-1]["counts"]).all()
+    if before.method == "nearest-mean":
+        assert after.learned["head.counts"].tolist() == [10, 10]
+        assert not torch.equal(after.learned["head.sums"], 2 * before.learned["head.sums"])
+
+
+def test_known_and_new_classes_come_in_one_lesson(shop, either, tmp_path, command):
+    mixed = pictures(tmp_path / "mixed", ["aardvark", "bee"], seed=7)
+    assert command("learn", either, mixed, "--existing", "extend")[0] == 0
+    file = ModelFile.read(either)
+    assert file.classes == ["ant", "bee", "aardvark"]
+    assert (file.lessons[1].classes, file.lessons[1].columns) == (["bee", "aardvark"], [1, 2])
+    assert command("predict", either, mixed, "--format", "csv")[0] == 0
+
+
+def test_one_class_alone_is_enough_for_class_means_and_not_for_a_method_that_tells_apart(shop, vpt, tmp_path, command):
+    alone = pictures(tmp_path / "alone", ["cow"])
+    assert refused(command, vpt, alone) == (
+        "vpt-nsp2 learns to tell the classes of one lesson apart, so a lesson needs at least two; got 'cow' alone. "
+        "Add another class, or keep a model with --method nearest-mean, which can do with one"
+    )
+    words = ["--method", "nearest-mean", "--backbone", BACKBONE]
+    assert command("learn", tmp_path / "new.lamina", alone, *words)[0] == 0
+    assert ModelFile.read(tmp_path / "new.lamina").classes == ["cow"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--method", "joint", "--backbone", BACKBONE],
+            "joint learns all classes at once, so it cannot take lessons; choose another method",
+        ),
+        (
+            ["--method", "vpt-nps2"],
+            "no method is called 'vpt-nps2'; did you mean 'vpt-nsp2'? Known: joint, linear-probe, nearest-mean, vpt-deep, "
+            "vpt-nsp2",
+        ),
+        (
+            ["--backbone", "lamina:vit-nona"],
+            "no backbone is called 'lamina:vit-nona'; did you mean 'lamina:vit-nano'? Known: lamina:vit-nano",
+        ),
+        (
+            ["--set", "epoch=3"],
+            "VPTNSP2: no setting is called 'epoch'; did you mean 'epochs'? Known: batch_size, epochs, eta, knee, length, "
+            "lr, moments, temperature, weight_decay",
+        ),
+        (["--set", "epochs"], "--set takes name=value; got 'epochs'"),
+        (
+            ["--backbone", BACKBONE, "--holdout", "1.5"],
+            "the share of images kept aside must be at least 0 and below 1; got 1.5",
+        ),
+    ],
+)
+def test_a_new_model_is_not_begun_with_a_wrong_word(shop, tmp_path, command, words, message):
+    assert refused(command, tmp_path / "new.lamina", shop / "a", *words) == message
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "nearest-mean"], "was begun with method 'vpt-nsp2' and keeps it; got 'nearest-mean'"),
+        (
+            ["--backbone", "lamina:vit-nano"],
+            f"was begun with backbone '{BACKBONE}' and keeps it; got 'lamina:vit-nano'",
+        ),
+        (["--seed", "5"], "was begun with seed 0 and keeps it; got 5"),
+    ],
+)
+def test_what_a_model_was_begun_with_cannot_change(shop, vpt, command, words, message):
+    assert refused(command, vpt, shop / "b", *words) == f"{vpt} {message}. Make another model for it"
+
+
+def test_what_a_model_was_begun_with_can_be_said_again(shop, mean, command):
+    words = ["--method", "nearest-mean", "--backbone", BACKBONE, "--seed", "0"]
+    assert command("learn", mean, shop / "b", *words)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--set", "length=6"], ["(6, 64)", "(4, 64)", "a setting was changed that must stay as it is"]),
+        (["--set", "lenght=6"], ["no setting is called 'lenght'; did you mean 'length'?"]),
+        (["--set", "lr=-1"], ["VPTNSP2.lr must be above 0; got -1"]),
+        (["--holdout", "1.5"], ["must be at least 0 and below 1; got 1.5"]),
+        (["--precision", "8"], ["precision", "8"]),
+    ],
+)
+def test_a_known_model_does_not_take_a_wrong_setting(shop, vpt, command, words, parts):
+    message = refused(command, vpt, shop / "b", *words)
+    assert all(part in message for part in parts), message
+
+
+def test_a_setting_that_shapes_nothing_may_change_and_is_kept(shop, vpt, command):
+    assert command("learn", vpt, shop / "b", "--set", "epochs=1")[0] == 0
+    assert ModelFile.read(vpt).settings["epochs"] == 1
+
+
+def test_a_broken_image_is_named_or_skipped_and_counted(shop, mean, tmp_path, command):
+    folder = pictures(tmp_path / "photos", ["cow", "doe"])
+    (folder / "cow" / "0-3.png").write_bytes(b"nothing")
+    message = refused(command, mean, folder)
+    assert message.startswith(f"{folder / 'cow' / '0-3.png'} cannot be read: ") and "--skip-broken" in message
+    code, out, _ = command("learn", mean, folder, "--skip-broken")
+    assert code == 0 and "learned from 9 images, 2 held out, 1 skipped; 4 classes in all" in out
+    assert ModelFile.read(mean).lessons[1].skipped == 1
+
+
+def test_a_class_of_broken_images_alone_is_refused_even_when_they_may_be_skipped(shop, mean, tmp_path, command):
+    folder = pictures(tmp_path / "photos", ["cow", "doe"], count=1)
+    (folder / "doe" / "0-0.png").write_bytes(b"nothing")
+    assert refused(command, mean, folder, "--skip-broken") == (
+        f"class 'doe' in {folder} has no image that can be read; mend or remove its folder"
+    )
+
+
+def test_a_model_is_a_file(shop, tmp_path, command):
+    (tmp_path / "models").mkdir()
+    assert refused(command, tmp_path / "models", shop / "a") == (
+        f"{tmp_path / 'models'} is a folder; a model is kept in a file, for example {tmp_path / 'models' / 'shop.lamina'}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: None, "{} is not a folder; name a folder that holds CLASS/*"),
+        (lambda folder: folder.mkdir(), "{} holds no folders; name a folder that holds CLASS/*"),
+        (lambda folder: (folder / "cow").mkdir(parents=True), "class 'cow' in {} has no images"),
+    ],
+)
+def test_a_folder_without_images_is_refused(mean, tmp_path, command, make, message):
+    make(tmp_path / "photos")
+    assert refused(command, mean, tmp_path / "photos").startswith(message.format(tmp_path / "photos"))
+
+
+def test_a_damaged_model_is_refused_and_points_to_the_version_before(shop, mean, command):
+    assert command("learn", mean, shop / "b")[0] == 0
+    content = bytearray(mean.read_bytes())
+    content[-9] ^= 4
+    mean.write_bytes(content)
+    for words in (["learn", mean, shop / "c"], ["predict", mean, shop / "c"], ["inspect", mean]):
+        code, out, errors = command(*words)
+        assert (code, out, len(errors)) == (2, "", 1)
+        assert errors[0].endswith(f"the version before it is {mean}.bak")
+    assert mean.read_bytes() == content
+    shutil.copy(f"{mean}.bak", mean)
+    assert command("learn", mean, shop / "c")[0] == 0
+    assert ModelFile.read(mean).classes == ["ant", "bee", "fox", "gnu"]
+
+
+@pytest.mark.parametrize("length", [10**6, 10**9, 10**18])
+@pytest.mark.parametrize("verb", ["learn", "predict", "evaluate"])
+def test_a_file_that_asks_for_absurd_sizes_is_refused_without_making_room_for_them(shop, vpt, command, verb, length):
+    file = ModelFile.read(vpt)
+    replace(file, settings={**file.settings, "length": length}).write(vpt)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    code, out, errors = command(verb, vpt, shop / "b")
+    assert (code, out, len(errors)) == (2, "", 1)
+    assert "length" in errors[0] or str(length) in errors[0]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kilobytes
+
+
+# ── what is left ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_lesson_leaves_the_model_its_former_version_and_a_lock(shop, tmp_path, command):
+    words = ["--method", "nearest-mean", "--backbone", BACKBONE]
+    path = tmp_path / "models" / "new.lamina"
+    assert command("learn", path, shop / "a", *words)[0] == 0
+    assert beside(path) == [".new.lamina.lock", "new.lamina"]
+    first = path.read_bytes()
+    assert command("learn", path, shop / "b")[0] == 0
+    assert beside(path) == [".new.lamina.lock", "new.lamina", "new.lamina.bak"]
+    assert (path.parent / "new.lamina.bak").read_bytes() == first
+
+
+def test_what_learn_prints_says_what_came_of_it(shop, mean, command):
+    code, out, _ = command("learn", mean, shop / "b", "--name", "spring 2026")
+    assert (code, out.splitlines()) == (
+        0,
+        [
+            "lesson 2 (spring 2026): cat, dog, elk",
+            "learned from 15 images, 3 held out; 5 classes in all",
+            "accuracy on the held-out images, over all classes: 100.0 %",
+            "old classes have not moved: their features come from the frozen model alone",
+            f"written to {mean}",
+        ],
+    )
+
+
+def test_learn_prints_json_alone_when_asked(shop, vpt, command):
+    code, out, errors = command("learn", vpt, shop / "b", "--json")
+    found, file = json.loads(out), ModelFile.read(vpt)
+    assert (code, errors) == (0, [])
+    assert found == {"model": str(vpt), "checksum": file.checksum, **file.lessons[1].model_dump()}
+    assert 0 <= found["drift"]["old"] <= found["drift"]["bound"] and found["drift"]["new"] > 0
