@@ -35,7 +35,7 @@ from lamina.data.material import Material
 from lamina.data.stream import Split, Stream, Task
 from lamina.data.streams import StreamSettings, build_stream
 from lamina.model import Batch
-from lamina.runs import _commit, hardware, versions
+from lamina.runs import commit, hardware, versions
 from lamina.seeds import seed_at
 
 RESULTS = Path(__file__).parent / "results" / "model-file.json"
@@ -256,7 +256,7 @@ def main() -> None:
         "learn": lambda: learn(given.data),
         "quality": lambda: quality(given.data, given.method, given.lessons),
     }[given.part]()
-    found |= {"commit": _commit(), "hardware": hardware(torch.device("cpu")), "versions": versions()}
+    found |= {"commit": commit(), "hardware": hardware(torch.device("cpu")), "versions": versions()}
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     RESULTS.write_text(json.dumps({**kept, name: found}, indent=2) + "\n")
     print(json.dumps(found, indent=2))

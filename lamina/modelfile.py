@@ -394,7 +394,7 @@ def _keep(path: Path, previous: Path) -> None:
 
 def _sweep(path: Path) -> None:
     """Remove the drafts of this file that killed processes left."""
-    draft = re.compile(rf"\.{path.name}(\.bak)?\.[0-9]+(\.link)?\.draft")
+    draft = re.compile(rf"\.{re.escape(path.name)}(\.bak)?\.[0-9]+(\.link)?\.draft")
     with contextlib.suppress(OSError):
         for name in filter(draft.fullmatch, os.listdir(path.parent)):
             os.unlink(path.parent / name)

@@ -290,7 +290,7 @@ def _run(
         ),
         versions=versions(),
         hardware=hardware(fabric.device, fabric.world_size),
-        commit=_commit(),
+        commit=commit(),
         finished=True,
         command=command,
     )
@@ -347,7 +347,7 @@ def _peak_memory_mb(device: Any) -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Return the commit of the source, with a `+` for changes not committed; None outside a checkout."""
     root = Path(__file__).parents[1]
     if not (root / ".git").exists():

@@ -176,6 +176,7 @@ def test_the_same_model_gives_the_same_bytes_without_a_word_and_without_onnx_run
     assert path.read_bytes() == first
     assert tuple(capfd.readouterr()) == ("", "") and recwarn.list == []
     assert [record for record in caplog.records if record.levelno > logging.DEBUG] == []
+    assert logging.getLogger("another").isEnabledFor(logging.ERROR)  # others may speak again
     assert [file.name for file in path.parent.iterdir()] == ["again.onnx"]
 
 

@@ -182,8 +182,8 @@ def test_a_kill_after_a_step_or_at_any_point_of_writing_and_cleaning_up_loses_no
         assert path.read_bytes() == new, label
         assert beside(path) == [".shop.lamina.lock", "shop.lamina", "shop.lamina.bak"], label
         seen.add((" ".join(label.split()[:2]), left == new, code))
-    wanted = {("after step", False), ("after look", False), ("before fsync", False), ("before link", False)}
-    wanted |= {("before replace", False), ("after write", True), ("before unlink", True), ("before rmdir", True)}
+    wanted = {("after step", False), ("after look", False), ("before fsync", False), ("before replace", False)}
+    wanted |= {("before fsync", True), ("before unlink", True), ("before rmdir", True)}
     assert wanted <= {found[:2] for found in seen}
 
 
@@ -262,8 +262,8 @@ def test_an_unfinished_lesson_does_not_go_on_upon_another_version_of_the_file(sh
     assert (code, errors) == (
         2,
         [
-            f"lamina: a lesson from {shop / 'b'} is not finished, and {vpt} is another than it was begun with: put that "
-            "one back, or give --discard to begin the lesson anew"
+            f"lamina: a lesson from {shop / 'b'} is not finished, and {vpt} is another than it was begun with: put "
+            "that one back, or give --discard to begin the lesson anew"
         ],
     )
 
@@ -438,12 +438,12 @@ def test_one_class_alone_is_enough_for_class_means_and_not_for_a_method_that_tel
     [
         (
             ["--method", "joint", "--backbone", BACKBONE],
-            "joint learns all classes at once, so it cannot take lessons; choose another method",
+            "joint learns all classes at once, so it cannot take lessons; choose another one",
         ),
         (
             ["--method", "vpt-nps2"],
-            "no method is called 'vpt-nps2'; did you mean 'vpt-nsp2'? Known: joint, linear-probe, nearest-mean, vpt-deep, "
-            "vpt-nsp2",
+            "no method is called 'vpt-nps2'; did you mean 'vpt-nsp2'? Known: joint, linear-probe, nearest-mean, "
+            "vpt-deep, vpt-nsp2",
         ),
         (
             ["--backbone", "lamina:vit-nona"],
@@ -451,8 +451,8 @@ def test_one_class_alone_is_enough_for_class_means_and_not_for_a_method_that_tel
         ),
         (
             ["--set", "epoch=3"],
-            "VPTNSP2: no setting is called 'epoch'; did you mean 'epochs'? Known: batch_size, epochs, eta, knee, length, "
-            "lr, moments, temperature, weight_decay",
+            "VPTNSP2: no setting is called 'epoch'; did you mean 'epochs'? Known: batch_size, epochs, eta, knee, "
+            "length, lr, moments, temperature, weight_decay",
         ),
         (["--set", "epochs"], "--set takes name=value; got 'epochs'"),
         (
@@ -490,9 +490,8 @@ def test_what_a_model_was_begun_with_can_be_said_again(shop, mean, command):
     [
         (["--set", "length=6"], ["(6, 64)", "(4, 64)", "a setting was changed that must stay as it is"]),
         (["--set", "lenght=6"], ["no setting is called 'lenght'; did you mean 'length'?"]),
-        (["--set", "lr=-1"], ["VPTNSP2.lr must be above 0; got -1"]),
+        (["--set", "lr=-1"], ["VPTNSP2.lr must be above 0.0; got -1"]),
         (["--holdout", "1.5"], ["must be at least 0 and below 1; got 1.5"]),
-        (["--precision", "8"], ["precision", "8"]),
     ],
 )
 def test_a_known_model_does_not_take_a_wrong_setting(shop, vpt, command, words, parts):
@@ -525,8 +524,9 @@ def test_a_class_of_broken_images_alone_is_refused_even_when_they_may_be_skipped
 
 def test_a_model_is_a_file(shop, tmp_path, command):
     (tmp_path / "models").mkdir()
-    assert refused(command, tmp_path / "models", shop / "a") == (
-        f"{tmp_path / 'models'} is a folder; a model is kept in a file, for example {tmp_path / 'models' / 'shop.lamina'}"
+    folder = tmp_path / "models"
+    assert refused(command, folder, shop / "a") == (
+        f"{folder} is a folder; a model is kept in a file, for example {folder / 'shop.lamina'}"
     )
 
 

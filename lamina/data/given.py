@@ -26,6 +26,9 @@ from lamina.text import printable
 #: in characters; a model file keeps labels as text
 _LONGEST_LABEL = 255
 
+#: whole numbers above it do not all have a float
+_LARGEST_FLOAT = 2**53
+
 _ORIENTATION = 0x0112  # EXIF's tag for how the camera was held
 
 _TAKEN = (
@@ -77,9 +80,7 @@ def given(X: Any) -> Given:
     if isinstance(X, list | tuple):
         paths = sum(isinstance(item, str | os.PathLike) for item in X)
         if 0 < paths < len(X):
-            raise DataError(
-                f"X must be either paths or images; got {paths} of the one and {len(X) - paths} of the other"
-            )
+            raise DataError(f"X must be all paths or all images; got {paths} paths among {len(X)}")
         return _Paths([Path(item) for item in X]) if paths else _Pictures(len(X), X.__getitem__)
     if not isinstance(X, Tensor):
         if not hasattr(X, "__array__"):
@@ -259,9 +260,8 @@ def _bytes(image: Any, name: str) -> np.ndarray:
     low, high, most = array.min(), array.max(), 1 if kind == "f" else 255
     if low < 0 or high > most:
         rule = "floats from 0 to 1" if kind == "f" else "whole numbers from 0 to 255"
-        raise DataError(
-            f"{name} must have {rule}; got {low:.4g} to {high:.4g}: scale them, and leave normalisation to us"
-        )
+        got = f"{low:.4g} to {high:.4g}"
+        raise DataError(f"{name} must have {rule}; got {got}: scale them, and leave normalisation to the model")
     return (np.rint(array.astype(np.float64) * 255) if kind == "f" else array).astype(np.uint8)
 
 
@@ -299,7 +299,6 @@ class Labels:
             values = column_or_1d(_as_array(y), warn=True)
         except (TypeError, ValueError) as error:
             raise DataError(str(error).strip().splitlines()[0]) from None
-        # an item of an array is a plain value of Python
         plain = values.tolist()
         if any(value is None or (isinstance(value, float) and value != value) for value in plain):
             raise DataError("y must have a label for each image; got NaN or None")
@@ -307,7 +306,7 @@ class Labels:
         if len(types) > 1 or types[0] not in _READ:
             rule = "labels must be all whole numbers, all text, all booleans or all floats without a fraction"
             raise DataError(f"{rule}; got {' and '.join(types)}")
-        self.type, self.values = types[0], values
+        self.type, self.values = types[0], values if types == ["text"] else np.array(plain)
         places = {value: place for place, value in enumerate(sorted(set(plain)))}
         self.names = [self._name(value) for value in places]
         self.columns = np.array([places[value] for value in plain], np.int64)
@@ -317,8 +316,9 @@ class Labels:
             shown = printable(repr(value[:20]))
             rule = f"labels must have 1 to {_LONGEST_LABEL} characters that can be printed"
             raise DataError(f"{rule}; got {len(value)}, beginning {shown}")
-        if self.type == "float" and not value.is_integer():
-            raise DataError(f"Unknown label type: continuous. Floats must be classes, without a fraction; got {value}")
+        if self.type == "float" and not (value.is_integer() and abs(value) <= _LARGEST_FLOAT):
+            rule = "Unknown label type: continuous. Floats must be classes, without a fraction and at most 2**53"
+            raise DataError(f"{rule}; got {value}")
         return str(value + 0.0) if self.type == "float" else str(value)  # -0.0 is called 0.0
 
 

@@ -195,7 +195,7 @@ def _diagram(bins: Sequence[Bin], width: int, height: int) -> str:
         said = f"<title>{said}, mean confidence {_percent(confidence)} %</title>"
         upper, lower = floor - high * max(accuracy, confidence), floor - high * min(accuracy, confidence)
         long = max(deep * each["images"] / most, 1)
-        parts.append(f"<g>{said}{_box('bar', x, floor - high * confidence, wide, high * confidence)}")
+        parts.append(f"<g>{said}{_box('bar', x, floor - high * accuracy, wide, high * accuracy)}")
         parts.append(f"{_box('gap', x, upper, wide, lower - upper)}{_box('count', x, strip - long, wide, long)}")
         place = f'x="{x + wide / 2:.1f}" y="{strip - long - 4:.1f}"'
         shown = _number(each["images"]) if width > 400 else _short(each["images"])

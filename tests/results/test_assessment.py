@@ -275,6 +275,8 @@ def test_an_image_is_flagged_above_the_threshold():
     scores = novel(thresholds={"distance": 50.0})["distance"]
     assert scores["threshold"] == 50.0
     assert (scores["flagged_known"], scores["flagged_unknown"]) == (pytest.approx(1 / 6), pytest.approx(1 / 3))
+    at = novel(thresholds={"distance": 60.0})["distance"]
+    assert (at["flagged_known"], at["flagged_unknown"]) == (0.0, pytest.approx(1 / 3))
 
 
 def test_without_a_threshold_nothing_is_flagged():
