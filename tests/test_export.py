@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import sys
+import warnings
 from functools import cache
 
 import numpy as np
@@ -218,6 +219,7 @@ def bare(score):
 
 
 def depends_on_data(logits):
+    warnings.warn("torch.export and its helpers warn of this and that", stacklevel=2)
     return logits if logits.sum() > 0 else -logits
 
 
@@ -237,7 +239,7 @@ def has_no_word_in_onnx(logits):
         (has_no_word_in_onnx, "No ONNX function found for <OpOverload(op='prims.bessel_j0'"),
     ],
 )
-def test_a_model_that_cannot_be_exported_says_why_in_one_line(score, reason, tmp_path, monkeypatch, capfd):
+def test_a_model_that_cannot_be_exported_says_why_in_one_line(score, reason, tmp_path, monkeypatch, capfd, recwarn):
     monkeypatch.chdir(tmp_path)  # where torch would leave a report
     length = builtins.len
     with pytest.raises(ConfigError) as error:
@@ -246,7 +248,7 @@ def test_a_model_that_cannot_be_exported_says_why_in_one_line(score, reason, tmp
     assert str(error.value).endswith("; its prompts and head must do what torch.export can trace")
     assert "\n" not in str(error.value) and "\x1b" not in str(error.value)
     assert builtins.len is length
-    assert list(tmp_path.iterdir()) == [] and tuple(capfd.readouterr()) == ("", "")
+    assert list(tmp_path.iterdir()) == [] and tuple(capfd.readouterr()) == ("", "") and recwarn.list == []
 
 
 def test_a_model_that_draws_random_numbers_is_refused(tmp_path):

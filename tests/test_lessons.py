@@ -19,8 +19,8 @@ from lamina.training.log import Log
 from lamina.training.trainer import Stopped, Trainer
 from tests.commands import BACKBONE, EPOCH, Forked, beside, called, pictures, wait_for
 
-#: steps of lesson b: 3 classes of 6 pictures, one of each held out, in batches of 4, twice
-STEPS = 8
+#: steps of lesson b: 3 classes of 6 pictures, one of each held out, in batches of 4
+STEPS = 4
 
 #: a checkpoint after every second step, not after a hundred
 OFTEN = """
@@ -38,7 +38,7 @@ def shop(tmp_path_factory):
         pictures(root / name, classes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SOURCE_DATE_EPOCH", EPOCH)
-        settings = {"epochs": 2, "batch_size": 4}
+        settings = {"epochs": 1, "batch_size": 4}
         learn_folder(root / "vpt.lamina", root / "a", backbone=BACKBONE, settings=settings)
         learn_folder(root / "mean.lamina", root / "a", backbone=BACKBONE, method="nearest-mean")
     return root
@@ -150,7 +150,7 @@ class Snapshots:
             self.writing = self.writing or name == "write"
             result = function(*arguments, **named)
             self.steps += name == "step"
-            if name != "step" or self.steps in (1, 4, STEPS - 1):
+            if name != "step" or self.steps in (1, STEPS - 1):
                 self.take(f"after {name} {self.steps}")
             return result
 
@@ -237,7 +237,6 @@ def test_an_unfinished_lesson_is_in_the_way_of_another_until_it_is_dropped(shop,
     ("change", "named"),
     [
         (["--set", "lr=0.02"], "settings.lr = 0.01; this run has 0.02"),
-        (["--set", "epochs=3"], "settings.epochs = 2; this run has 3"),
         (["--precision", "32"], "precision = "),
         (["--holdout", "0.5"], "images = "),
     ],
@@ -269,8 +268,8 @@ def test_an_unfinished_lesson_does_not_go_on_upon_another_version_of_the_file(sh
 
 
 def test_a_first_lesson_that_was_interrupted_goes_on_to_the_same_bytes(shop, tmp_path, command):
-    words = ["--backbone", BACKBONE, "--set", "epochs=2", "--set", "batch_size=4"]
-    interrupted(tmp_path / "new.lamina", shop / "a", backbone=BACKBONE, settings={"epochs": 2, "batch_size": 4})
+    words = ["--backbone", BACKBONE, "--set", "epochs=1", "--set", "batch_size=4"]
+    interrupted(tmp_path / "new.lamina", shop / "a", backbone=BACKBONE, settings={"epochs": 1, "batch_size": 4})
     assert not (tmp_path / "new.lamina").exists()
     assert command("learn", tmp_path / "new.lamina", shop / "a", *words)[0] == 0
     assert (tmp_path / "new.lamina").read_bytes() == (shop / "vpt.lamina").read_bytes()
@@ -500,8 +499,8 @@ def test_a_known_model_does_not_take_a_wrong_setting(shop, vpt, command, words, 
 
 
 def test_a_setting_that_shapes_nothing_may_change_and_is_kept(shop, vpt, command):
-    assert command("learn", vpt, shop / "b", "--set", "epochs=1")[0] == 0
-    assert ModelFile.read(vpt).settings["epochs"] == 1
+    assert command("learn", vpt, shop / "b", "--set", "epochs=2")[0] == 0
+    assert ModelFile.read(vpt).settings["epochs"] == 2
 
 
 def test_a_broken_image_is_named_or_skipped_and_counted(shop, mean, tmp_path, command):
@@ -558,8 +557,8 @@ def test_a_damaged_model_is_refused_and_points_to_the_version_before(shop, mean,
     assert ModelFile.read(mean).classes == ["ant", "bee", "fox", "gnu"]
 
 
-@pytest.mark.parametrize("length", [10**6, 10**9, 10**18])
-@pytest.mark.parametrize("verb", ["learn", "predict", "evaluate"])
+@pytest.mark.parametrize("length", [10**6, 10**9])
+@pytest.mark.parametrize("verb", ["learn", "predict"])
 def test_a_file_that_asks_for_absurd_sizes_is_refused_without_making_room_for_them(shop, vpt, command, verb, length):
     file = ModelFile.read(vpt)
     replace(file, settings={**file.settings, "length": length}).write(vpt)

@@ -20,9 +20,9 @@ from lamina.results.assessment_fields import (
     Histogram,
     Novelty,
     TaskScore,
-    legible,
 )
 from lamina.results.tables import percent
+from lamina.text import printable
 
 BINS, HISTOGRAM_BINS = 15, 20
 #: the most classes whose whole confusion matrix is kept, and the most pairs
@@ -108,7 +108,7 @@ def rows_overview(assessment: Assessment) -> list[dict[str, str]]:
         said: list[tuple[str, float | None]] = [("AUROC", each["auroc"]), ("FPR at 95 % found", each["fpr95"])]
         if each["threshold"] is not None:
             said += [("known flagged", each["flagged_known"]), ("unknown flagged", each["flagged_unknown"])]
-        rows += [(f"{legible(name)}: {word} (%)", _percent(value)) for word, value in said]
+        rows += [(f"{printable(name)}: {word} (%)", _percent(value)) for word, value in said]
     return _aligned([{"measure": name, "value": value} for name, value in rows], ("value",))
 
 
@@ -117,7 +117,7 @@ def rows_tasks(assessment: Assessment) -> list[dict[str, Any]]:
     rows = [
         {
             "task": each["task"],
-            "name": "–" if each["name"] is None else legible(each["name"]),
+            "name": "–" if each["name"] is None else printable(each["name"]),
             "classes": each["classes"],
             "images": each["images"],
             "accuracy (%)": _percent(each["accuracy"]),
@@ -131,13 +131,15 @@ def rows_classes(assessment: Assessment) -> list[dict[str, Any]]:
     """Return one row for each class, in the order of the model."""
     rows = [
         {
-            "class": legible(each["name"]),
+            "class": printable(each["name"]),
             "task": each["task"],
             "images": each["images"],
             "accuracy (%)": _percent(each["accuracy"]),
             "precision (%)": _percent(each["precision"]),
             "mean probability (%)": _percent(each["mean_probability"]),
-            "most often taken for": "–" if each["most_confused_with"] is None else legible(each["most_confused_with"]),
+            "most often taken for": "–"
+            if each["most_confused_with"] is None
+            else printable(each["most_confused_with"]),
         }
         for each in assessment.classes
     ]
@@ -148,8 +150,8 @@ def rows_confusions(assessment: Assessment) -> list[dict[str, Any]]:
     """Return one row for each of the worst pairs, most images first."""
     rows = [
         {
-            "class": legible(each["true"]),
-            "taken for": legible(each["predicted"]),
+            "class": printable(each["true"]),
+            "taken for": printable(each["predicted"]),
             "images": each["count"],
             "share of class (%)": percent(each["share"]),
         }

@@ -18,7 +18,7 @@ from pydantic import ConfigDict, Field, ValidationError, create_model
 from typing_extensions import TypedDict  # pydantic does not take the one of `typing` before Python 3.12
 
 from lamina.errors import DataError
-from lamina.results.records import _load
+from lamina.results.records import read_json
 from lamina.storage import write_whole
 
 VERSION = 1
@@ -199,7 +199,7 @@ class Assessment:
         Raises:
             DataError: when it cannot be read, is not JSON, or is not an assessment.
         """
-        values = _load(Path(path))
+        values = read_json(Path(path))
         try:
             return cls.from_dict(values)
         except DataError as error:
@@ -228,12 +228,3 @@ def _form(kind: type[Assessment]) -> Any:
     config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
     fields: Any = {name: (hint, ...) for name, hint in get_type_hints(kind, include_extras=True).items()}
     return create_model("Assessment", __config__=config, **fields)
-
-
-def legible(text: str) -> str:
-    r"""Return foreign text with everything a terminal might act on, or a reader not see, written as an escape.
-
-    >>> legible("Äpfel \x1b[2J\n")
-    'Äpfel \\x1b[2J\\n'
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

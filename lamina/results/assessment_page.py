@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from lamina import __version__
-from lamina.results.assessment_fields import Assessment, Bin, Novelty, legible
-from lamina.results.figures import _cell
-from lamina.results.report import _POLICY, _counted, _facts, _number, _percent, _table
+from lamina.results.assessment_fields import Assessment, Bin, Novelty
+from lamina.results.figures import cell
+from lamina.results.page import POLICY, counted, facts_list, html_table, number, percent_or_dash
 from lamina.results.style import STYLE
 from lamina.results.tables import flatten
 from lamina.storage import write_whole
+from lamina.text import printable
 
 #: more classes than this are folded away, below the weakest of them
 _OPEN, _WEAKEST = 40, 12
@@ -64,13 +65,13 @@ def page(assessment: Assessment) -> str:
     """Return the page as text."""
     model = assessment.model
     file = Path(str(model.get("file") or model.get("method") or "a kept model")).name
-    title = f"{_text(file)} on {_counted(assessment.images, 'image')}"
+    title = f"{_text(file)} on {counted(assessment.images, 'image')}"
     parts = [_head(assessment), _verdict(assessment), _tasks(assessment), _reliability(assessment)]
     parts += [_classes(assessment), _confusions(assessment), _novelty(assessment), _settings(assessment)]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         f"<title>{title}</title>\n<style>\n{STYLE}\n{_STYLE}\n</style>\n</head>\n<body>\n<main>\n"
         f'<header><p class="eyebrow">How good a kept model is</p><h1>{title}</h1></header>\n'
         f"<section>{''.join(parts)}</section>\n"
@@ -86,7 +87,7 @@ def _head(assessment: Assessment) -> str:
             plain[name] = value["name"]
         elif name != "checksum" and not isinstance(value, Mapping | list):
             plain[name] = Path(str(value)).name if name == "file" else value
-    parts = [_facts(_worded(plain))]
+    parts = [facts_list(_worded(plain))]
     protocol = assessment.protocol
     said = ", ".join(f"{name} {value}" for name, value in _worded(flatten(protocol)).items())
     parts.append(f'<p class="say">Measured so: {escape(said)}.</p>' if said else "")
@@ -105,26 +106,26 @@ def _verdict(assessment: Assessment) -> str:
     if top["k"] < len(assessment.classes):
         said[f"Among the {top['k']} likeliest"] = top["accuracy"]
     said["Calibration error (ECE)"] = calibration["ece"]
-    numbers = "".join(f"<div><dt>{name}</dt><dd>{_percent(value)} %</dd></div>" for name, value in said.items())
+    numbers = "".join(f"<div><dt>{name}</dt><dd>{percent_or_dash(value)} %</dd></div>" for name, value in said.items())
     right = round(assessment.accuracy * assessment.images)
     over = calibration["confidence"] - assessment.accuracy
     mood = "too sure of itself" if over > 0.01 else "too modest" if over < -0.01 else "about as sure as it is right"
     lines = [
-        f"{_number(right)} of {_counted(assessment.images, 'image')} named right.",
-        f"Its mean confidence is {_percent(calibration['confidence'])} %: on the whole it is {mood}.",
+        f"{number(right)} of {counted(assessment.images, 'image')} named right.",
+        f"Its mean confidence is {percent_or_dash(calibration['confidence'])} %: on the whole it is {mood}.",
     ]
     seen = [(each["accuracy"], each) for each in assessment.classes if each["accuracy"] is not None]
     if len(seen) > 1:
         accuracy, weakest = min(seen, key=lambda pair: pair[0])
-        lines.append(f"Weakest class: <b>{_text(weakest['name'])}</b>, {_percent(accuracy)} %.")
+        lines.append(f"Weakest class: <b>{_text(weakest['name'])}</b>, {percent_or_dash(accuracy)} %.")
     if assessment.confusions:
         worst = assessment.confusions[0]
         names = f"<b>{_text(worst['true'])}</b> taken for <b>{_text(worst['predicted'])}</b>"
-        lines.append(f"Most frequent mistake: {names}, {_counted(worst['count'], 'image')}.")
+        lines.append(f"Most frequent mistake: {names}, {counted(worst['count'], 'image')}.")
     empty = len(assessment.classes) - len(seen)
     if empty:
         verb = "has" if empty == 1 else "have"
-        whom = _counted(empty, "class").replace("classs", "classes")
+        whom = counted(empty, "class").replace("classs", "classes")
         lines.append(f"{whom} of the model {verb} no test image and no part in the means.")
     return f'<dl class="verdict">{numbers}</dl><p class="say">{" ".join(lines)}</p>'
 
@@ -133,8 +134,8 @@ def _tasks(assessment: Assessment) -> str:
     body = []
     for each in assessment.tasks:
         name = str(each["task"]) if each["name"] is None else f"{each['task']} {_text(each['name'])}"
-        body.append([name, _number(each["classes"]), _number(each["images"]), _gauge(each["accuracy"])])
-    table = _table(["Task", "Classes", "Images", "Accuracy (%)"], body)
+        body.append([name, number(each["classes"]), number(each["images"]), _gauge(each["accuracy"])])
+    table = html_table(["Task", "Classes", "Images", "Accuracy (%)"], body)
     said = "A class belongs to the task it first came with; all classes compete for every image."
     return f'<h3>Accuracy on each task</h3><p class="say">{said}</p><div class="long">{table}</div>'
 
@@ -153,24 +154,24 @@ def _reliability(assessment: Assessment) -> str:
     )
     calibration = assessment.calibration
     numbers = {
-        "expected error (ECE)": f"{_percent(calibration['ece'])} %",
-        "largest error (MCE)": f"{_percent(calibration['mce'])} %",
+        "expected error (ECE)": f"{percent_or_dash(calibration['ece'])} %",
+        "largest error (MCE)": f"{percent_or_dash(calibration['mce'])} %",
         "Brier score": f"{calibration['brier']:.3f}",
         "negative log-likelihood": f"{calibration['nll']:.3f}",
     }
     body = [
         [
-            f"{_percent(b['low'])} to {_percent(b['high'])}",
-            _number(b["images"]),
-            *map(_percent, (b["confidence"], b["accuracy"])),
+            f"{percent_or_dash(b['low'])} to {percent_or_dash(b['high'])}",
+            number(b["images"]),
+            *map(percent_or_dash, (b["confidence"], b["accuracy"])),
         ]
         for b in bins
     ]
-    table = _table(["Confidence (%)", "Images", "Mean confidence (%)", "Accuracy (%)"], body)
+    table = html_table(["Confidence (%)", "Images", "Mean confidence (%)", "Accuracy (%)"], body)
     return (
         '<h3>Is it as sure as it is right?</h3><p class="say">Images by the probability of the answer. Where bars '
         "end on the dashed line, the probability can be taken at its word; below it, the model is too sure.</p>"
-        f'<ul class="legend">{legend}</ul><div class="chart">{drawings}</div>{_facts(numbers)}'
+        f'<ul class="legend">{legend}</ul><div class="chart">{drawings}</div>{facts_list(numbers)}'
         f"<details><summary>Numbers of the diagram</summary>{table}</details>"
     )
 
@@ -186,19 +187,19 @@ def _diagram(bins: Sequence[Bin], width: int, height: int) -> str:
         parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{tick}</text>')
         parts.append(f'<text x="{x:.1f}" y="{floor + 17}" text-anchor="middle">{tick}</text>')
     strip, deep = height - 22, foot - 76
-    for number, each in enumerate(bins):
+    for index, each in enumerate(bins):
         accuracy, confidence = each["accuracy"], each["confidence"]
         if accuracy is None or confidence is None:
             continue
-        x, wide = left + number * step + 1, step - 2
-        said = f"{_counted(each['images'], 'image')}, accuracy {_percent(accuracy)} %"
-        said = f"<title>{said}, mean confidence {_percent(confidence)} %</title>"
+        x, wide = left + index * step + 1, step - 2
+        said = f"{counted(each['images'], 'image')}, accuracy {percent_or_dash(accuracy)} %"
+        said = f"<title>{said}, mean confidence {percent_or_dash(confidence)} %</title>"
         upper, lower = floor - high * max(accuracy, confidence), floor - high * min(accuracy, confidence)
         long = max(deep * each["images"] / most, 1)
         parts.append(f"<g>{said}{_box('bar', x, floor - high * accuracy, wide, high * accuracy)}")
         parts.append(f"{_box('gap', x, upper, wide, lower - upper)}{_box('count', x, strip - long, wide, long)}")
         place = f'x="{x + wide / 2:.1f}" y="{strip - long - 4:.1f}"'
-        shown = _number(each["images"]) if width > 400 else _short(each["images"])
+        shown = number(each["images"]) if width > 400 else _short(each["images"])
         parts.append(f'<text class="small" {place} text-anchor="middle">{shown}</text></g>')
     parts.append(f'<line class="ideal" x1="{left}" y1="{floor}" x2="{width - right}" y2="{top}"/>')
     parts.append(f'<line class="axis" x1="{left}" y1="{strip}" x2="{width - right}" y2="{strip}"/>')
@@ -215,21 +216,25 @@ def _classes(assessment: Assessment) -> str:
 
     def row(each: Mapping[str, Any]) -> list[str]:
         other = each["most_confused_with"]
-        times = f' <span class="aside">{_number(each["confused_images"])} ×</span>'
-        numbers = [_gauge(each["accuracy"]), _percent(each["precision"]), _percent(each["mean_probability"])]
+        times = f' <span class="aside">{number(each["confused_images"])} ×</span>'
+        numbers = [
+            _gauge(each["accuracy"]),
+            percent_or_dash(each["precision"]),
+            percent_or_dash(each["mean_probability"]),
+        ]
         taken = _left("–" if other is None else _text(other) + times)
-        return [_text(each["name"]), str(each["task"]), _number(each["images"]), *numbers, taken]
+        return [_text(each["name"]), str(each["task"]), number(each["images"]), *numbers, taken]
 
     said = (
         "Precision: of the images given this name, how many are right. Mean probability: what images of the class "
         "were given for it. A class without test images has a dash."
     )
     parts = [f'<h3>Accuracy on each class</h3><p class="say">{said}</p>']
-    rows = _table(head, [row(each) for each in assessment.classes])
+    rows = html_table(head, [row(each) for each in assessment.classes])
     if len(assessment.classes) > _OPEN:
         seen = [(each["accuracy"], each) for each in assessment.classes if each["accuracy"] is not None]
         weakest = [each for _, each in sorted(seen, key=lambda pair: pair[0])[:_WEAKEST]]
-        parts.append(f"<h4>The {len(weakest)} weakest</h4>{_table(head, [row(each) for each in weakest])}")
+        parts.append(f"<h4>The {len(weakest)} weakest</h4>{html_table(head, [row(each) for each in weakest])}")
         rows = f"<details><summary>All {len(assessment.classes)} classes</summary>{rows}</details>"
     return "".join([*parts, rows])
 
@@ -242,10 +247,10 @@ def _confusions(assessment: Assessment) -> str:
         said = "A row for each true class, a column for each answer, in percent of the row's images."
         parts.append(f'<p class="say">{said}</p>{_map(assessment, assessment.confusion_matrix)}')
     body = [
-        [_text(pair["true"]), _left(_text(pair["predicted"])), _number(pair["count"]), _percent(pair["share"])]
+        [_text(pair["true"]), _left(_text(pair["predicted"])), number(pair["count"]), percent_or_dash(pair["share"])]
         for pair in assessment.confusions
     ]
-    table = _table(["Class", _left("Taken for"), "Images", "Share of the class (%)"], body)
+    table = html_table(["Class", _left("Taken for"), "Images", "Share of the class (%)"], body)
     return "".join([*parts, f'<p class="say after">The worst pairs, most images first.</p>{table}'])
 
 
@@ -261,7 +266,7 @@ def _map(assessment: Assessment, matrix: list[list[int]]) -> str:
                 continue
             share = count / sum(counts)
             shown = f"{100 * share:.0f}" if share >= 0.005 else "<1"
-            cells.append(_cell(escape(shown), share, "accuracy" if place == column else "lost"))
+            cells.append(cell(escape(shown), share, "accuracy" if place == column else "lost"))
         head = f'<th scope="row" title="{names[place]}">{place + 1} {names[place]}</th>'
         body.append(f"<tr>{head}{''.join(cells)}</tr>")
     dense = " dense" if len(matrix) > 16 else ""
@@ -278,22 +283,25 @@ def _novelty(assessment: Assessment) -> str:
         "images flagged when 95 % of the unknown ones are.</p>"
     ]
     for name, each in assessment.novelty.items():
-        facts = {"AUROC": f"{_percent(each['auroc'])} %", "false alarms (FPR95)": f"{_percent(each['fpr95'])} %"}
+        facts = {
+            "AUROC": f"{percent_or_dash(each['auroc'])} %",
+            "false alarms (FPR95)": f"{percent_or_dash(each['fpr95'])} %",
+        }
         if each["threshold"] is not None:
             facts["threshold"] = f"{each['threshold']:.4g}"
-            facts["known flagged"] = f"{_percent(each['flagged_known'])} %"
-            facts["unknown flagged"] = f"{_percent(each['flagged_unknown'])} %"
+            facts["known flagged"] = f"{percent_or_dash(each['flagged_known'])} %"
+            facts["unknown flagged"] = f"{percent_or_dash(each['flagged_unknown'])} %"
         counts = (("c0", "known", each["known"], ""), ("c1", "unknown", each["unknown"], ' stroke-dasharray="6 3"'))
         legend = "".join(
             f'<li><svg class="swatch" viewBox="0 0 30 14" aria-hidden="true"><line class="line {colour}"{dash} x1="1" '
-            f'x2="29" y1="7" y2="7"/></svg><span>{kind}</span> <b>{_counted(images, "image")}</b></li>'
+            f'x2="29" y1="7" y2="7"/></svg><span>{kind}</span> <b>{counted(images, "image")}</b></li>'
             for colour, kind, images, dash in counts
         )
         drawings = "".join(
             f'<div class="{kind}">{_shares(each, width, 240)}</div>' for kind, width in (("wide", 700), ("narrow", 360))
         )
         parts.append(f'<h4 class="after">{_text(name)}</h4><ul class="legend">{legend}</ul>')
-        parts.append(f'<div class="chart">{drawings}</div>{_facts(facts)}')
+        parts.append(f'<div class="chart">{drawings}</div>{facts_list(facts)}')
     return "".join(parts)
 
 
@@ -307,9 +315,9 @@ def _shares(novelty: Novelty, width: int, height: int) -> str:
     parts = [f'<line class="axis" x1="{left}" x2="{width - right}" y1="{floor}" y2="{floor}"/>']
     for row, style in zip(shares, ('class="line c0"', 'class="line c1" stroke-dasharray="6 3"'), strict=True):
         points = [f"{left},{floor}"]
-        for number, share in enumerate(row):
+        for index, share in enumerate(row):
             y = f"{floor - (floor - top) * share / most:.1f}"
-            points += [f"{left + number * step:.1f},{y}", f"{left + (number + 1) * step:.1f},{y}"]
+            points += [f"{left + index * step:.1f},{y}", f"{left + (index + 1) * step:.1f},{y}"]
         outline = " ".join([*points, f"{width - right},{floor}"])
         parts.append(f'<polygon class="band {style[12:14]}" points="{outline}"/><polyline {style} points="{outline}"/>')
     for tick in range(5):
@@ -330,32 +338,32 @@ def _shares(novelty: Novelty, width: int, height: int) -> str:
 
 
 def _settings(assessment: Assessment) -> str:
-    parts = ["<h3>Settings and protocol</h3>", _facts(_worded(flatten(assessment.protocol)))]
+    parts = ["<h3>Settings and protocol</h3>", facts_list(_worded(flatten(assessment.protocol)))]
     # The classes have a table of their own, and so have the lessons.
     own = {name: value for name, value in assessment.model.items() if name not in ("classes", "lessons")}
-    parts.append(f'<p class="say">Of the model:</p>{_facts(_worded(flatten(own)))}')
+    parts.append(f'<p class="say">Of the model:</p>{facts_list(_worded(flatten(own)))}')
     lessons = assessment.model.get("lessons")
     if isinstance(lessons, list) and lessons and all(isinstance(each, Mapping) for each in lessons):
         names = [name for name in _LESSON if any(name in each for each in lessons)]
         body = [[str(n + 1), *(_left(_text(each.get(name))) for name in names)] for n, each in enumerate(lessons)]
-        table = _table(["Lesson", *(_left(name.replace("_", " ")) for name in names)], body)
+        table = html_table(["Lesson", *(_left(name.replace("_", " ")) for name in names)], body)
         parts.append(f'<p class="say">What it learned, in order:</p><div class="lessons">{table}</div>')
     return "".join(parts)
 
 
 def _worded(facts: Mapping[str, Any]) -> dict[str, str]:
-    return {legible(name.replace("_", " ")): _shown(value) for name, value in facts.items()}
+    return {printable(name.replace("_", " ")): _shown(value) for name, value in facts.items()}
 
 
 def _shown(value: Any) -> str:
     """Return a value as a person reads it: "–" for none, the first few of many names."""
     if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
         more = f" and {len(value) - _NAMES} more" if len(value) > _NAMES else ""
-        return legible(", ".join(value[:_NAMES])) + more
+        return printable(", ".join(value[:_NAMES])) + more
     if isinstance(value, float):
         return f"{value:.6g}"
-    # Not made legible: the thin space between thousands would be written as an escape.
-    return "–" if value is None else _number(value) if isinstance(value, int) else legible(_number(value))
+    # Not made printable: the thin space between thousands would be written as an escape.
+    return "–" if value is None else number(value) if isinstance(value, int) else printable(number(value))
 
 
 def _text(value: Any) -> str:
@@ -367,7 +375,7 @@ def _gauge(fraction: float | None) -> str:
         return "–"
     fill = f'<rect class="track" width="100" height="10"/><rect class="fill" width="{100 * fraction:.1f}" height="10"/>'
     svg = f'<svg viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">{fill}</svg>'
-    return f'<span class="gauge">{svg}<b>{_percent(fraction)}</b></span>'
+    return f'<span class="gauge">{svg}<b>{percent_or_dash(fraction)}</b></span>'
 
 
 def _left(cell: str) -> str:

@@ -61,7 +61,7 @@ def accuracy_matrix(record: Record, palest: float = 0.0) -> str:
     body = []
     for t, row in enumerate(record.matrix):
         head = "all at once" if record.at_once else f"after {t + 1}"
-        cells = [_cell(percent(value), (value - palest) / (1 - palest), "accuracy") for value in row]
+        cells = [cell(percent(value), (value - palest) / (1 - palest), "accuracy") for value in row]
         cells += ["<td></td>"] * (columns - len(row))
         mean = f'<td class="mean">{percent(sum(row) / len(row))}</td>'
         body.append(f'<tr><th scope="row">{head}</th>{"".join(cells)}{mean}</tr>')
@@ -84,7 +84,7 @@ def forgetting_by_task(rows: Sequence[Row]) -> str | None:
     most = max(abs(value) for _, values in lines for value in values) or 1.0
     body = []
     for row, values in lines:
-        cells = [_cell(percent(v), 0.85 * abs(v) / most, "lost" if v > 0 else "gained") for v in values]
+        cells = [cell(percent(v), 0.85 * abs(v) / most, "lost" if v > 0 else "gained") for v in values]
         cells += ["<td></td>"] * (columns - len(values))
         mean = f'<td class="mean">{minus(percent(sum(values) / len(values)))}</td>'
         body.append(f'<tr><th scope="row">{escape(row.name)}</th>{"".join(cells)}{mean}</tr>')
@@ -190,7 +190,7 @@ def _swatch(index: int) -> str:
     return f'<svg class="swatch" viewBox="0 0 30 14" aria-hidden="true">{line}{_marker(index, 15, 7)}</svg>'
 
 
-def _cell(text: str, strength: float, kind: str) -> str:
+def cell(text: str, strength: float, kind: str) -> str:
     """Return a table cell whose colour is as strong as `strength`, from 0 to 1."""
     opacity = round(0.04 + 0.96 * min(max(strength, 0.0), 1.0), 3)
     tone = "strong" if opacity >= _STRONG else "middle" if opacity >= _MIDDLE else "weak"

@@ -141,7 +141,7 @@ class Record:
         Raises:
             DataError: when it cannot be read, is not JSON, or is not a record.
         """
-        values = _load(Path(path))
+        values = read_json(Path(path))
         try:
             return cls.from_dict(values)
         except DataError as error:
@@ -221,7 +221,7 @@ def read_records(path: Path) -> list[Record]:
     Raises:
         DataError: when it cannot be read, is not JSON, or holds something else.
     """
-    values = _load(Path(path))
+    values = read_json(Path(path))
     several = isinstance(values, dict) and "records" in values
     listed = values["records"] if several else [values]
     if not isinstance(listed, list) or not listed:
@@ -235,7 +235,8 @@ def read_records(path: Path) -> list[Record]:
     return records
 
 
-def _load(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """Return what a file of JSON says; DataError when it cannot be read or holds a NaN."""
     try:
         return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
     except OSError as error:

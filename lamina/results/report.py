@@ -11,13 +11,13 @@ import math
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from lamina.errors import DataError
 from lamina.results.figures import accuracy_curve, accuracy_matrix, forgetting_by_task, minus
+from lamina.results.page import POLICY, counted, facts_list, html_table, number, percent_or_dash
 from lamina.results.records import PHASES, Record
 from lamina.results.style import STYLE
-from lamina.results.tables import Row, aggregate, flatten, percent, show
+from lamina.results.tables import Row, aggregate, flatten, show
 from lamina.storage import write_whole
 
 _HEADLINE = {
@@ -27,8 +27,6 @@ _HEADLINE = {
     "bwt": "Backward transfer",
     "accuracy_task_aware": "Task-aware accuracy",
 }
-#: a page that may fetch nothing and run nothing, whatever a class name holds
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def write_report(records: Sequence[Record], path: Path) -> None:
@@ -60,9 +58,9 @@ def report(records: Sequence[Record]) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         f"<title>{title}</title>\n<style>\n{STYLE}\n</style>\n</head>\n<body>\n<main>\n"
-        f'<header><p class="eyebrow">{_counted(len(records), "run")} of continual learning</p>'
+        f'<header><p class="eyebrow">{counted(len(records), "run")} of continual learning</p>'
         f"<h1>{title}</h1>{contents}</header>\n{sections}\n"
         f"<footer>{_made_with(records)}</footer>\n</main>\n</body>\n</html>\n"
     )
@@ -72,7 +70,7 @@ def _title(records: Sequence[Record]) -> str:
     def some(names: Iterable[str], noun: str) -> str:
         names = list(dict.fromkeys(names))
         if len(names) > 3:
-            return _counted(len(names), noun)
+            return counted(len(names), noun)
         return escape(" and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names))
 
     return f"{some((r.method for r in records), 'method')} on {some((r.stream for r in records), 'stream')}"
@@ -102,12 +100,12 @@ def _protocol(rows: Sequence[Row]) -> str:
     protocols = [row.records[0].protocol for row in rows]
     names = dict.fromkeys(name for protocol in protocols for name in protocol)
     common = [n for n in names if all(n in each and each[n] == protocols[0].get(n) for each in protocols)]
-    facts = {name.replace("_", " "): _number(protocols[0][name]) for name in common}
-    parts = [_facts({"backbone": rows[0].records[0].backbone["name"], **facts})]
+    facts = {name.replace("_", " "): number(protocols[0][name]) for name in common}
+    parts = [facts_list({"backbone": rows[0].records[0].backbone["name"], **facts})]
     for name in (name for name in names if name not in common):
         values: dict[str, list[str]] = {}
         for row, each in zip(rows, protocols, strict=True):
-            values.setdefault(_number(each[name]) if name in each else "not said", []).append(row.name)
+            values.setdefault(number(each[name]) if name in each else "not said", []).append(row.name)
         said = [f"<b>{escape(value)}</b> for {escape(', '.join(who))}" for value, who in values.items()]
         word = escape(name.replace("_", " "))
         parts.append(f'<p class="say">Not measured alike, {word}: {"; ".join(said)}.</p>')
@@ -119,7 +117,7 @@ def _protocol(rows: Sequence[Row]) -> str:
             warning = f"{row.name}: protocol {batch}. {rule}"
             parts.append(f'<p class="warning">{escape(warning)}</p>')
         if skipped:
-            warning = f"{row.name}: {_number(skipped)} images could not be read and were left out."
+            warning = f"{row.name}: {number(skipped)} images could not be read and were left out."
             parts.append(f'<p class="warning">{escape(warning)}</p>')
     return "".join(parts)
 
@@ -134,18 +132,18 @@ def _headline(rows: Sequence[Row]) -> str:
             values = [row.spreads[name] for name in _HEADLINE]
             cells = ["–" if value is None else minus(str(value)) for value in values]
             body.append([_row_name(row), str(len(row.records)), *cells])
-        parts.append(_table(["Method", "Runs", *_HEADLINE.values()], body, lead=2))
+        parts.append(html_table(["Method", "Runs", *_HEADLINE.values()], body, lead=2))
         said = "Above, mean ± sample standard deviation over seeds. Below, the single runs."
         parts.append(f'<p class="say after">{said}</p>')
     body = []
     for row in rows:
         for record in row.records:
-            cells = [_percent(record.metrics[name]) for name in _HEADLINE]
+            cells = [percent_or_dash(record.metrics[name]) for name in _HEADLINE]
             order = "–" if record.order_seed is None else str(record.order_seed)
             body.append([_row_name(row), str(record.seed), order, *cells])
-    runs = _table([head[0], "Seed", "Order", *head[1:]], body, lead=3)
+    runs = html_table([head[0], "Seed", "Order", *head[1:]], body, lead=3)
     if len(records) > 12:
-        runs = f"<details><summary>{_counted(len(records), 'single run')}</summary>{runs}</details>"
+        runs = f"<details><summary>{counted(len(records), 'single run')}</summary>{runs}</details>"
     return "".join([*parts, runs])
 
 
@@ -171,8 +169,8 @@ def _costs(rows: Sequence[Row]) -> str:
     for row in rows:
         for record in row.records:
             sums = [sum(record.seconds[phase]) for phase in PHASES]
-            memory = "–" if record.peak_memory_mb is None else f"{_number(round(record.peak_memory_mb))} MB"
-            sizes = [_number(record.trainable_parameters), _number(record.stored_numbers)]
+            memory = "–" if record.peak_memory_mb is None else f"{number(round(record.peak_memory_mb))} MB"
+            sizes = [number(record.trainable_parameters), number(record.stored_numbers)]
             times = [_duration(total) for total in (*sums, sum(sums))]
             body.append([_row_name(row), str(record.seed), *times, memory, *sizes])
             for phase in PHASES:
@@ -180,10 +178,10 @@ def _costs(rows: Sequence[Row]) -> str:
                 each += [""] * (max(len(other.matrix) for other in records) - len(each))
                 by_task.append([_row_name(row), str(record.seed), phase.replace("_", " "), *each])
     tasks = [str(t + 1) for t in range(len(by_task[0]) - 3)]
-    detail = _table(["Method", "Seed", "Seconds to", *tasks], by_task)
+    detail = html_table(["Method", "Seed", "Seconds to", *tasks], by_task)
     return (
         '<h3>Cost</h3><p class="say">Time over all tasks. Trainable parameters, and numbers stored beside '
-        f"the frozen backbone.</p>{_table(head, body)}"
+        f"the frozen backbone.</p>{html_table(head, body)}"
         f"<details><summary>Seconds for each task</summary>{detail}</details>"
     )
 
@@ -200,11 +198,11 @@ def _settings(rows: Sequence[Row]) -> str:
     if apart:
         cells = [[escape(n), *(escape(show(v[n])) if n in v else "–" for v in flat)] for n in apart]
         heads = [_row_name(row) for row in rows]
-        parts.append(f'<p class="say">What differs:</p>{_table(["Setting", *heads], cells)}')
+        parts.append(f'<p class="say">What differs:</p>{html_table(["Setting", *heads], cells)}')
     common = {name: show(flat[0][name]) for name in equal if name != "method"}
     if common:
         said = "The same in all:" if len(rows) > 1 else ""
-        parts.append(f'<p class="say after">{said}</p>{_facts(common)}')
+        parts.append(f'<p class="say after">{said}</p>{facts_list(common)}')
     return "".join(parts) if apart or common else ""
 
 
@@ -217,7 +215,7 @@ def _classes(records: Sequence[Record]) -> str:
         seed = group[0].order_seed
         which = f", order {seed}" if len(orders) > 1 and seed is not None else ""
         items = [
-            f'<li>{escape(", ".join(names))} <span class="aside">{_counted(size, "test image")}</span></li>'
+            f'<li>{escape(", ".join(names))} <span class="aside">{counted(size, "test image")}</span></li>'
             for names, size in zip(group[0].classes, group[0].test_sizes, strict=True)
         ]
         tasks = f'<ol class="tasks">{"".join(items)}</ol>'
@@ -242,30 +240,7 @@ def _origin(rows: Sequence[Row]) -> str:
         rest = [f"{word} {value}" for word, value in own.items() if word not in common]
         aside = f'<div class="aside">{escape(", ".join(rest))}</div>' if rest else ""
         items.append(f"<li><h4>{name}</h4>{aside}<code>{escape(record.command)}</code></li>")
-    return f'<h3>How to run it again</h3>{_facts(common)}<ul class="runs">{"".join(items)}</ul>'
-
-
-def _table(head: Sequence[str], body: Sequence[Sequence[str]], lead: int = -1) -> str:
-    """Return a table of cells that are HTML already; the first column names the row, `lead` is in bold."""
-
-    def row(cells: Sequence[str], tag: str) -> str:
-        out = []
-        for place, cell in enumerate(cells):
-            kind = tag if place else "th"
-            names = ["name"] * (place == 0) + ["lead"] * (place == lead and tag == "td")
-            mark = f' class="{" ".join(names)}"' if names else ""
-            scope = f' scope="{"col" if tag == "th" else "row"}"' if kind == "th" else ""
-            out.append(f"<{kind}{scope}{mark}>{cell}</{kind}>")
-        return f"<tr>{''.join(out)}</tr>"
-
-    lines = "".join(row(cells, "td") for cells in body)
-    table = f'<table class="data"><thead>{row(head, "th")}</thead><tbody>{lines}</tbody></table>'
-    return f'<div class="scroll">{table}</div>'
-
-
-def _facts(facts: dict[str, str]) -> str:
-    items = [f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items()]
-    return f'<dl class="facts">{"".join(items)}</dl>' if items else ""
+    return f'<h3>How to run it again</h3>{facts_list(common)}<ul class="runs">{"".join(items)}</ul>'
 
 
 def _row_name(row: Row) -> str:
@@ -296,20 +271,6 @@ def _made_with(records: Sequence[Record]) -> str:
 
 def _anchor(index: int) -> str:
     return f"stream-{index + 1}"
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{_number(number)} {noun}{'' if number == 1 else 's'}"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else minus(percent(value))
-
-
-def _number(value: Any) -> str:
-    """Return a whole number with its thousands apart, anything else as `show` has it."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    return f"{value:,}".replace(",", "\u202f") if whole else show(value)
 
 
 def _duration(seconds: float) -> str:
