@@ -87,9 +87,13 @@ class ContinualModel:
         self.spec = InputSpec(**self.backbone.pixels)
         self.lessons: tuple[Lesson, ...] = ()
         self.confidence = Confidence()
-        with torch.device("meta"):
-            if self._built().at_once:
-                raise ConfigError(f"{method} learns all classes at once, so it cannot take lessons; choose another one")
+        try:
+            with torch.device("meta"):  # takes no memory, whatever the settings ask for
+                at_once = self._built().at_once
+        except RuntimeError as error:
+            raise ConfigError(f"{method} cannot be made with these settings: {str(error).splitlines()[0]}") from None
+        if at_once:
+            raise ConfigError(f"{method} learns all classes at once, so it cannot take lessons; choose another one")
         if not _empty:
             self._use(self._built(), ClassStatistics(self.backbone.tower.features))
 
