@@ -44,7 +44,7 @@ main()
 
 
 class Forked:
-    """`lamina WORDS`, begun in a process of its own.
+    """`lamina WORDS`, begun in a process of its own, which at the end of a `with` is dead.
 
     Args:
         folder: where what it prints goes.
@@ -64,6 +64,12 @@ class Forked:
         }
         self.process = _FORKS.Process(target=exec, args=(_CHILD, values), daemon=True)
         self.process.start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.kill()
 
     def end(self):
         """Wait; return exit code, output and lines of errors."""

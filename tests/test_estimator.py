@@ -41,8 +41,13 @@ TAKEN = (
 
 
 @cache
+def made_once(dtype):
+    return make_tiny_vit(dtype)
+
+
 def tiny(name, *, dtype):
-    return Backbone(name, make_tiny_vit(dtype), PIXELS)
+    torch.rand(1)  # a real backbone draws its first weights
+    return Backbone(name, made_once(dtype), PIXELS)
 
 
 #: looks for plug-ins once, not once per model

@@ -48,7 +48,11 @@ def small_tower(dtype=torch.float32):
 
 
 def tower_for(name, dtype=torch.float32):
-    return make_tiny_vit(dtype) if name == "vpt-nsp2" else small_tower(dtype)
+    tower = make_tiny_vit(dtype) if name == "vpt-nsp2" else small_tower(dtype)
+    for key, value in tower.named_parameters():
+        if key.endswith("bias"):  # they begin at zero, where a lost one would not show
+            value.data.normal_(std=0.3)
+    return tower
 
 
 @cache
@@ -193,7 +197,10 @@ def test_export_leaves_the_model_as_it_is(exported):
     assert not all(wants.values()) and any(wants.values())
     with torch.no_grad():
         logits = model(Batch(images)).logits
-        lamina.export._plain_copy(model).tower.model.patch_embed.proj.weight.fill_(0)
+        deployed = lamina.export._Deployed(lamina.export._plain_copy(model), InputSpec(**PIXELS), 1.0)
+        assert not any(module.training for module in deployed.modules())
+        assert not any(parameter.requires_grad for parameter in deployed.parameters())
+        deployed.model.tower.model.patch_embed.proj.weight.fill_(0)
         assert torch.equal(model(Batch(images)).logits, logits)
     assert model.head.training and model.tower.dtype == next(model.tower.parameters()).dtype == torch.bfloat16
     assert all(torch.equal(value, before[name]) for name, value in model.learned().items())

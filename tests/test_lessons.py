@@ -320,14 +320,14 @@ def test_a_folder_that_was_filled_anew_is_another_lesson_than_the_left_over_one(
 def test_while_one_process_learns_another_is_refused_and_after_its_death_goes_on(shop, mean, tmp_path, command):
     old = mean.read_bytes()
     sleep = "import time, lamina.lessons as lessons; lessons._material = lambda *parts: time.sleep(600)"
-    first = Forked("learn", mean, shop / "b", folder=tmp_path, first=sleep)
-    wait_for((mean.parent / ".shop.lamina.learning" / "lesson.json").exists)
-    assert command("learn", mean, shop / "b") == (
-        2, "", [f"lamina: {mean} is being taught by another process; wait until it is done, then run this again"],
-    )  # fmt: skip
-    assert command("inspect", mean)[0] == 0  # a reader need not wait
-    assert first.process.is_alive() and mean.read_bytes() == old
-    assert first.kill() == -signal.SIGKILL
+    with Forked("learn", mean, shop / "b", folder=tmp_path, first=sleep) as first:
+        wait_for((mean.parent / ".shop.lamina.learning" / "lesson.json").exists)
+        assert command("learn", mean, shop / "b") == (
+            2, "", [f"lamina: {mean} is being taught by another process; wait until it is done, then run this again"],
+        )  # fmt: skip
+        assert command("inspect", mean)[0] == 0  # a reader need not wait
+        assert first.process.is_alive() and mean.read_bytes() == old
+        assert first.kill() == -signal.SIGKILL
     assert command("learn", mean, shop / "b")[0] == 0
     assert ModelFile.read(mean).classes == ["ant", "bee", "cat", "dog", "elk"]
 
@@ -557,7 +557,7 @@ def test_a_damaged_model_is_refused_and_points_to_the_version_before(shop, mean,
     assert ModelFile.read(mean).classes == ["ant", "bee", "fox", "gnu"]
 
 
-@pytest.mark.parametrize("length", [10**6, 10**9])
+@pytest.mark.parametrize("length", [10**6, 10**18])
 @pytest.mark.parametrize("verb", ["learn", "predict"])
 def test_a_file_that_asks_for_absurd_sizes_is_refused_without_making_room_for_them(shop, vpt, command, verb, length):
     file = ModelFile.read(vpt)
