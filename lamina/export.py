@@ -6,7 +6,6 @@ happen to a picture before that, and which column is which class, stands in `mod
 
 from __future__ import annotations
 
-import builtins
 import copy
 import json
 import logging
@@ -237,8 +236,7 @@ def _graph(onnx: Any, deployed: _Deployed, size: int, opset: int) -> Any:
     # Not one image: torch would take a batch of one for a constant.
     images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     deployed(images)  # a model that does not run says why in plainer words than one that cannot be traced
-    with _lengths_may_vary():
-        program = torch.export.export(deployed, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    program = torch.export.export(deployed, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     _use_ordinary_operators(program)
     translated = torch.onnx.export(
         program,
@@ -268,24 +266,6 @@ def _use_ordinary_operators(program: torch.export.ExportedProgram) -> None:
         if special is not None and node.target is special.default:
             node.target, node.args = torch.ops.aten.linear.default, node.args[:3]
     program.graph_module.recompile()
-
-
-@contextmanager
-def _lengths_may_vary() -> Iterator[None]:
-    """Let `len(tensor)` stand for any number of rows while a model is traced.
-
-    Python insists that `len` is one certain number, so the number of images in the example would be baked in.
-    """
-    certain = builtins.len
-
-    def length(thing: Any) -> Any:
-        return thing.shape[0] if isinstance(thing, Tensor) and thing.ndim else certain(thing)
-
-    builtins.len = length
-    try:
-        yield
-    finally:
-        builtins.len = certain
 
 
 @contextmanager

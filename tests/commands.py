@@ -22,7 +22,7 @@ BACKBONE = "timm:test_vit@random"
 #: stands in for the clock, so that files are repeatable
 EPOCH = "1795270000"
 
-SECONDS = 120
+SECONDS = 60
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["lamina.lessons", "lamina.predictions", "lamina.cli", "lamina.console"])

@@ -261,7 +261,7 @@ def test_a_model_that_cannot_be_exported_says_why_in_one_line(score, reason, tmp
 def test_a_model_that_draws_random_numbers_is_refused(tmp_path):
     """A number for each image of however many: `len` must not bake in how many the example had."""
     with pytest.raises(ConfigError) as error:
-        export_onnx(bare(lambda logits: logits + torch.randn(len(logits), 1)), tmp_path / "out.onnx", **PIXELS)
+        export_onnx(bare(lambda logits: logits + torch.randn(logits.shape[0], 1)), tmp_path / "out.onnx", **PIXELS)
     assert str(error.value) == (
         "the model draws random numbers when it predicts (RandomNormalLike), and a file for deployment must give the "
         "same answer every time; export a method whose prompts and head draw none"

@@ -262,15 +262,18 @@ def _block(
 
 
 def _with_extra_rows(block: BlockView, k: Tensor, v: Tensor, splice: Splice) -> tuple[Tensor, Tensor]:
-    """Append the keys and values of context and prefix to k and v (B, H, N, d)."""
+    """Append the keys and values of context and prefix to k and v (B, H, N, d).
+
+    Their number is `shape[0]`: Python's `len` is one certain number even while a graph for any is traced.
+    """
     keys, values = [k], [v]
     if splice.context is not None and splice.context.shape[-2]:
         context = splice.context if splice.context.ndim == 3 else splice.context[None]
         extra = block.keys_values(context if splice.context_normed else block.norm(context))
-        keys.append(extra[0].to(k.dtype).expand(len(k), -1, -1, -1))
-        values.append(extra[1].to(v.dtype).expand(len(v), -1, -1, -1))
+        keys.append(extra[0].to(k.dtype).expand(k.shape[0], -1, -1, -1))
+        values.append(extra[1].to(v.dtype).expand(v.shape[0], -1, -1, -1))
     if splice.prefix is not None:
         for place, prefix in zip((keys, values), splice.prefix, strict=True):
             heads = prefix.unflatten(-1, (block.heads, -1)).transpose(-3, -2)
-            place.append(heads.to(k.dtype).expand(len(k), -1, -1, -1))
+            place.append(heads.to(k.dtype).expand(k.shape[0], -1, -1, -1))
     return (k, v) if len(keys) == 1 else (torch.cat(keys, dim=2), torch.cat(values, dim=2))

@@ -9,6 +9,7 @@ import lamina.cli.models
 import lamina.cli.streams  # noqa: F401 - importing these three is what fills the app
 from lamina.cli.shared import app
 from lamina.errors import LaminaError
+from lamina.text import printable
 
 __all__ = ["app", "main"]
 
@@ -18,5 +19,5 @@ def main() -> None:
     try:
         app()
     except LaminaError as error:
-        print("lamina: " + " ".join(str(error).split()), file=sys.stderr)
+        print("lamina: " + printable(" ".join(str(error).split())), file=sys.stderr)
         sys.exit(2)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +31,7 @@ from torch import Tensor
 from lamina.data.cache import cached_array
 from lamina.data.pictures import hashed
 from lamina.errors import DataError
+from lamina.text import printable
 
 #: part of every key: raise it when the same file would give other pixels
 _VERSION = "1"
@@ -71,9 +71,6 @@ _OTHERS = (
     (0, b"%PDF", "a PDF document"),
     (0, b"version https://git-lfs", "the stand-in of a file that Git LFS has not fetched"),
 )
-
-#: characters that `printable` escapes; lone surrogates are the last
-_STEERING = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 T = TypeVar("T")
 
@@ -325,18 +322,6 @@ def reason(error: Exception) -> str:
         return "there is not enough memory to decode it"
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return printable(lines[0][:200].split(" <_io")[0].rstrip("."))
-
-
-def printable(text: str) -> str:
-    r"""Return a text in which nothing can steer a terminal; accents, scripts and emoji stay as they are.
-
-    Escaped are control characters, line separators, marks that turn the direction of writing, and the lone
-    surrogates that stand for bytes which are not UTF-8.
-
-    >>> print(printable("caf\u00e9\n\x1b[2J \u732b"))
-    café\n\x1b[2J 猫
-    """
-    return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def _measure(source: Encoded, wanted: np.ndarray, out: np.ndarray) -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lamina.data.decode import SUFFIXES, ImageFiles, printable
+from lamina.data.decode import SUFFIXES, ImageFiles
 from lamina.data.pictures import Source
 from lamina.errors import ConfigError, DataError
+from lamina.text import printable
 
 #: in characters; a model file keeps the names of its classes
 _LONGEST_NAME = 255

@@ -21,8 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# callers that show a path find `printable` here, beside what brings them the path
-from lamina.data.decode import MOST_BYTES, SUFFIXES, decode_image, printable as printable, reason
+from lamina.data.decode import MOST_BYTES, SUFFIXES, decode_image, reason
 from lamina.data.transforms import Transform
 from lamina.errors import ConfigError
 
@@ -36,7 +35,7 @@ class Incoming(NamedTuple):
     """An image to predict on, or why there is none.
 
     Attributes:
-        path: as it was found, not made safe to print; see `printable`.
+        path: as it was found, not made safe to print; see `lamina.text.printable`.
         pixels: (3, size, size), uint8, ready for normalisation. None for an image that cannot be read.
         error: why it cannot be read, in one line that is safe to print, without the path. None for one that can.
     """

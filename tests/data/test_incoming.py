@@ -15,9 +15,10 @@ from PIL import Image
 import lamina.data.decode
 import lamina.data.incoming
 from lamina.data.decode import ImageFiles
-from lamina.data.incoming import Incoming, batches, expand, incoming, printable
+from lamina.data.incoming import Incoming, batches, expand, incoming
 from lamina.data.transforms import InputSpec, transform
 from lamina.errors import ConfigError
+from lamina.text import printable
 
 HALF = (0.5, 0.5, 0.5)
 SIZE = 9

@@ -35,7 +35,8 @@ class Death(BaseException):
 def test_what_is_saved_comes_back(tmp_path):
     checkpoint.save(tmp_path, state(5))
     found = checkpoint.load(tmp_path, IDENTITY)
-    assert found["format"] == checkpoint.FORMAT and tuple(found["position"]) == (0, 0, 5) and found["identity"] == IDENTITY
+    assert (found["format"], tuple(found["position"])) == (checkpoint.FORMAT, (0, 0, 5))
+    assert found["identity"] == IDENTITY
     assert torch.equal(found["learned"]["x"], torch.tensor([5.0, 5.0, 5.0]))
 
 
