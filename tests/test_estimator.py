@@ -25,6 +25,7 @@ import lamina
 from lamina import ContinualClassifier
 from lamina.backbones.load import Backbone
 from lamina.continual import ContinualModel
+from lamina.data import given as reading
 from lamina.data.folder import held_out
 from lamina.errors import ConfigError, DataError, ModelFileError, TrainingError
 from lamina.lessons import learn_folder
@@ -275,6 +276,7 @@ def test_labels_of_any_type_come_back_also_from_a_file(kind, tmp_path):
         assert {type(value) for value in one.classes_.tolist()} == {type(value) for value in plain}
         assert one.predict(images).tolist() == plain
         assert one.score(images, y) == 1
+        assert "-0.0" not in one.model_.classes
 
 
 @pytest.mark.parametrize(
@@ -443,6 +445,36 @@ def test_large_pictures_teach_the_same_as_files(tmp_path):
     model = classifier().fit(paths, y)
     assert_learned_the_same(model, classifier().fit(images, y))
     assert_learned_the_same(model, classifier().fit(torch.from_numpy(images).permute(0, 3, 1, 2), y))
+
+
+@pytest.mark.parametrize(("height", "shrunk"), [(300, 3), (40, 0)])
+def test_large_pictures_are_shrunk_once_and_small_ones_not_held(height, shrunk, monkeypatch):
+    images, y = pictures(0, each=1, height=height, width=300)
+    calls, upright = [], reading._upright
+    monkeypatch.setattr(reading, "_upright", lambda image, max_side: calls.append(1) or upright(image, max_side))
+    for way in (images, images / 255, torch.from_numpy(images).permute(0, 3, 1, 2)):
+        kept = reading.given(way).kept(256)
+        assert kept.image(1).shape[1:] == (min(height, 256), 256 if shrunk else 300)
+        # as decoded files lie in memory, so that they are resized by the same kernel
+        assert kept.image(1).is_contiguous() and kept.image(1).dtype == torch.uint8
+        assert (kept.image(1) is kept.image(1)) == bool(shrunk)
+        assert len(calls) == shrunk and not calls.clear()
+
+
+def test_floats_are_rounded_to_the_nearest_byte():
+    light = np.array([0, 0.4, 0.6, 100.4, 254.6, 255]).reshape(1, 2, 3) / 255
+    for grey in (light[..., None], torch.from_numpy(light[:, None])):
+        image = reading.given(grey).kept(256).image(0)
+        assert image.tolist() == [[[0, 0, 1], [100, 255, 255]]] * 3
+
+
+def test_the_audit_trail_tells_images_apart():
+    def data(images):
+        return classifier().fit(images, FIRST[1]).lessons_[0]["data"]
+
+    changed = FIRST[0].copy()
+    changed[3, 4, 5, 1] ^= 1
+    assert data(FIRST[0]) == data(list(FIRST[0])) != data(changed)
 
 
 def test_a_dataset_brings_its_labels_and_is_read_once():
@@ -745,7 +777,9 @@ def test_the_command_line_says_the_same_of_a_kept_model(tmp_path, files):
     assert [one.top[0][0] for one in said] == model.predict(files).tolist()
     rows = [[dict(one.top)[name] for name in model.classes_] for one in said]
     np.testing.assert_allclose(rows, model.predict_proba(files), rtol=1e-6)
-    np.testing.assert_allclose([one.novelty for one in said], model.novelty(files), rtol=1e-6)
+    for score in ("mahalanobis", "energy"):
+        said = predict(ContinualModel.load(tmp_path / "kept"), [str(path) for path in files], score=score)
+        np.testing.assert_allclose([one.novelty for one in said], model.novelty(files, score), rtol=1e-6)
 
 
 def folder(root, names):
@@ -768,10 +802,13 @@ def test_a_file_of_the_command_line_has_labels_that_are_text(tmp_path):
     ]
 
 
-def test_labels_become_text_where_the_command_line_added_what_is_no_number(tmp_path):
-    classifier().fit(*FIRST).save(tmp_path / "kept")
-    learn_folder(tmp_path / "kept", folder(tmp_path / "shop", ["007", "cup"]), precision="32")
-    assert ContinualClassifier.load(tmp_path / "kept").classes_.tolist() == ["0", "1", "2", "007", "cup"]
+@pytest.mark.parametrize("names", [["007", "12"], ["12", "cup"]])
+def test_labels_are_text_where_the_names_of_classes_are_not_those_of_numbers(names, tmp_path):
+    learn_folder(tmp_path / "kept", folder(tmp_path / "shop", names), method="nearest-mean", precision="32")
+    file = ModelFile.read(tmp_path / "kept")
+    file.run["labels"] = "int"
+    file.write(tmp_path / "kept")
+    assert ContinualClassifier.load(tmp_path / "kept").classes_.tolist() == names
 
 
 def test_what_a_file_says_of_its_labels_is_not_believed_blindly(tmp_path):
