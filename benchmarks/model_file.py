@@ -190,7 +190,7 @@ def quality(data: Path | None, method: str, lessons: int) -> dict[str, Any]:
             moved = float((after - before).square().sum(1).mean().sqrt()) / spread
             assert lesson.drift is not None
             row["drift"] = {"measured_on_old_test_images": moved} | {
-                name: lesson.drift[name] for name in ("old", "bound", "new")
+                name: getattr(lesson.drift, name) for name in ("old", "bound", "new")
             }
         rows.append(row)
         print(method, number + 1, json.dumps(row), flush=True)

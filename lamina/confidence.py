@@ -101,6 +101,7 @@ class ClassStatistics(Watcher):
         scatter = self.moment - self.sums.mT @ means
         freedom = max(float(self.counts.sum()) - len(means), 1.0)
         covariance = shrunk(scatter / freedom, freedom)
+        covariance.diagonal().add_(1e-12 * self.moment.trace() / freedom)  # rounding of sums, where images are alike
         return Gaussians(means.float(), torch.linalg.cholesky(covariance))
 
 

@@ -18,6 +18,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
+from lamina.audit import Lesson
 from lamina.backbones.load import load_backbone
 from lamina.confidence import ClassStatistics, Confidence, Sureness, learn_confidence, sureness
 from lamina.config import read_toml
@@ -28,7 +29,7 @@ from lamina.drift import lesson_drift
 from lamina.errors import ConfigError, DataError, LaminaError, ModelFileError
 from lamina.learner import Learner
 from lamina.model import Batch, PromptedModel
-from lamina.modelfile import Lesson, ModelFile
+from lamina.modelfile import ModelFile
 from lamina.registry import method_class
 from lamina.runs import RECIPES
 from lamina.seeds import seed_at
@@ -60,6 +61,7 @@ class ContinualModel:
 
     Attributes:
         lessons: the audit trail, a line per task.
+        run: facts that whoever keeps the model adds to its file; JSON.
         spec: the pixels that the backbone takes.
 
     Raises:
@@ -85,6 +87,7 @@ class ContinualModel:
         self.precision = str(dtype).removeprefix("torch.")
         self.backbone = load_backbone(backbone, dtype=dtype)
         self.spec = InputSpec(**self.backbone.pixels)
+        self.run: dict[str, Any] = {}
         self.lessons: tuple[Lesson, ...] = ()
         self.confidence = Confidence()
         try:
@@ -139,7 +142,7 @@ class ContinualModel:
                 f"the model was learned on {file.backbone['name']} with fingerprint {wanted}; the one found here has "
                 f"{found}: get the same weights again"
             )
-        out.lessons, out.confidence = file.lessons, confidence
+        out.run, out.lessons, out.confidence = dict(file.run), file.lessons, confidence
         wrong = out._misfit(file)
         if wrong and settings:
             raise ConfigError(f"{wrong}: a setting was changed that must stay as it is")
@@ -193,7 +196,7 @@ class ContinualModel:
             backbone={"name": self.backbone.name, "fingerprint": self.backbone.tower.fingerprint},
             precision=self.precision,
             seed=self.seed,
-            run={"augmentation": self.augmentation},
+            run={**self.run, "augmentation": self.augmentation},
             confidence=self.confidence.model_dump(),
             lessons=self.lessons,
             learned={name: value.detach().cpu().clone() for name, value in self.model.learned().items()},
@@ -279,9 +282,10 @@ class ContinualModel:
         known = {name: column for column, name in enumerate(self.classes)}
         again = [name for name in material.names if name in known]
         if again and existing != "extend":
+            same = " (from these very images)" if self.lessons[-1].data == material.fingerprint else ""
             raise ConfigError(
-                f"the model knows {', '.join(map(repr, again))} already; rename what is new, or give known classes "
-                "further examples with --existing extend"
+                f"the model knows {', '.join(map(repr, again))} already{same}; rename what is new, or give known "
+                "classes further examples with --existing extend"
             )
         if not len(material.train):
             raise DataError("there is nothing to learn from: no image is left for training")
@@ -300,7 +304,7 @@ class ContinualModel:
         if len(order) < 2 and any(phase.classes == "task" for phase in self.learner.phases(task)):
             raise ConfigError(
                 f"{self.method} learns to tell the classes of one lesson apart, so a lesson needs at least two; got "
-                f"{order[0]!r} alone. Add another class, or keep a model with --method nearest-mean, which can do "
+                f"{order[0]!r} alone. Add another class, or keep a model of method nearest-mean, which can do "
                 "with one"
             )
         return task

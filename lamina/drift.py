@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lamina.audit import BlockDrift, Drift
 from lamina.model import Batch, PromptedModel
 from lamina.protections.base import Felt, Protection
 
@@ -24,8 +25,8 @@ def lesson_drift(
     protections: Sequence[Protection],
     remembered: Sequence[Mapping[str, Any]],
     spread: float,
-) -> dict[str, Any]:
-    """Return how far features moved in a lesson, relative to the spread of old features.
+) -> Drift:
+    """Return how far features moved in a lesson.
 
     Args:
         before, after: the model on both sides of the lesson.
@@ -33,16 +34,10 @@ def lesson_drift(
         protections: as they are after it.
         remembered: by the same protections before it, as from `state_dict`.
         spread: root mean squared distance of old features from their mean.
-
-    Returns:
-        new: measured on the lesson's images. old: estimated for images of earlier lessons; bound: the same for
-        the worst move of the prompts of that length; both None where no protection can say. blocks: block,
-        length of the step, and the shares of its felt square in the whole, `old` and `bound` in the same unit.
     """
     if after.prompts is None or before.prompts is None:
-        return {"new": 0.0, "old": 0.0, "bound": 0.0, "blocks": []}  # what is frozen does not move
+        return Drift(new=0.0, old=0.0, bound=0.0, blocks=[])  # what is frozen does not move
     new = _moved(before, after, batches) / max(spread, 1e-12)
-    out: dict[str, Any] = {"new": new, "old": None, "bound": None, "blocks": []}
     for protection, memory in zip(protections, remembered, strict=True):
         old_felt = protection.felt(before.prompts, memory)
         new_felt = protection.felt(before.prompts, protection.since(memory))
@@ -51,13 +46,13 @@ def lesson_drift(
             continue
         # felt squares add up over blocks; one factor brings them to squared features
         unit = new * factor**-0.5
-        out["old"] = unit * _total(old_felt, "moved")
-        out["bound"] = unit * _total(old_felt, "worst")
-        out["blocks"] = [
-            {"block": felt.layer, "step": felt.step, "old": unit * felt.moved**0.5, "bound": unit * felt.worst**0.5}
-            for felt in old_felt
+        blocks = [
+            BlockDrift(block=f.layer, step=f.step, old=unit * f.moved**0.5, bound=unit * f.worst**0.5) for f in old_felt
         ]
-    return out
+        return Drift(
+            new=new, old=unit * _total(old_felt, "moved"), bound=unit * _total(old_felt, "worst"), blocks=blocks
+        )
+    return Drift(new=new, old=None, bound=None, blocks=[])
 
 
 def _total(felt: Sequence[Felt], which: str) -> float:

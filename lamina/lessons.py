@@ -16,11 +16,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from filelock import FileLock, Timeout
 
+from lamina.audit import Lesson
 from lamina.continual import ContinualModel, Material
 from lamina.data.cache import cache_in
 from lamina.data.folder import held_out, labelled_folder
 from lamina.errors import ConfigError, DataError, LaminaError, ResumeError, StorageError, TrainingError
-from lamina.modelfile import Lesson, ModelFile
+from lamina.modelfile import ModelFile
 from lamina.storage import write_whole
 from lamina.text import printable
 from lamina.training.launch import Precision

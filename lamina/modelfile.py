@@ -16,16 +16,15 @@ import math
 import os
 import re
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, Self
+from typing import Any, BinaryIO, Literal
 
 import torch
-from pydantic import AfterValidator, Field, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load as from_safetensors, save as to_safetensors
 from torch import Tensor
 
+from lamina.audit import Lesson
 from lamina.config import Settings
 from lamina.errors import ModelFileError, StorageError
 from lamina.storage import write_whole
@@ -38,45 +37,6 @@ _KEY = "lamina"
 _FACTS = ("method", "settings", "backbone", "precision", "seed", "run", "confidence")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.bool)
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
-
-
-def _utc(text: str) -> str:
-    with contextlib.suppress(ValueError):
-        if datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").isoformat() + "Z" == text:
-            return text
-    raise ValueError(f"must be a time such as 2026-11-21T14:05:00Z; got {text!r}")
-
-
-Count = Annotated[int, Field(ge=0)]
-ClassName = Annotated[str, Field(min_length=1, max_length=255)]
-
-
-class Lesson(Settings):
-    """One task that was learned: a line of the audit trail."""
-
-    name: str | None  # what the user called it
-    date: Annotated[str, AfterValidator(_utc)] | None  # in UTC, as 2026-11-21T14:05:00Z
-    method: str
-    classes: Annotated[list[ClassName], Field(min_length=1)]  # in column order
-    columns: list[Count]  # of these classes in the head; a class met before keeps its column
-    images: Count  # learned from
-    held_out: Count  # kept aside to measure accuracy and to calibrate
-    skipped: Count  # could not be read
-    seconds: dict[str, Annotated[float, Field(ge=0)]] | None  # by stage; None where they were left out
-    accuracy: Annotated[float, Field(ge=0, le=1)] | None  # on the images held out, over all classes met so far
-    drift: dict[str, Any] | None  # what learning did to old classes; JSON
-    data: str  # fingerprint of the images
-    base: str | None  # checksum of the file that was learned upon; None for the first lesson
-
-    @model_validator(mode="after")
-    def _one_column_for_each_class(self) -> Self:
-        if len(self.columns) != len(self.classes):
-            raise ValueError(f"must have a column for each of its {len(self.classes)} classes; got {self.columns}")
-        if len(set(self.classes)) < len(self.classes):
-            raise ValueError(f"must name a class once; got {self.classes}")
-        if self.columns != sorted(set(self.columns)):
-            raise ValueError(f"must have its classes in the order of their columns; got {self.columns}")
-        return self
 
 
 class Said(Settings):
@@ -214,7 +174,7 @@ class ModelFile:
         return {
             "format": FORMAT,
             **{name: getattr(self, name) for name in _FACTS},
-            "lessons": [dict(lesson) for lesson in self.lessons],
+            "lessons": [lesson.model_dump() for lesson in self.lessons],
             "learned": sorted(self.learned),
             "memory": memory,
             "triangles": sorted(triangles),

@@ -115,6 +115,8 @@ def evaluate(model: ContinualModel, file: ModelFile, folder: Path, *, skip_broke
         pixels = [item.pixels for item in group if item.pixels is not None]
         if pixels:
             parts.append(model.judge(torch.stack(pixels)))
+    if not good:
+        raise DataError(f"no image in {folder} can be read")
     labels = labels[good]
     probabilities = torch.cat([part.probabilities for part in parts]).numpy()
     novelty = {name: torch.cat([part.novelty[name] for part in parts]).numpy() for name in SCORES}

@@ -547,3 +547,26 @@ def test_sample_writes_digits_as_lessons_and_a_test_and_no_second_time(tmp_path,
 def test_a_model_that_is_not_there_is_one_line(tmp_path, command, verb):
     path = tmp_path / "nowhere.lamina"
     assert command(verb[0], path, *verb[1:]) == (2, "", [f"lamina: {path} does not exist; name a model file"])
+
+
+def test_a_terminal_that_cannot_show_a_name_gets_an_escape(tmp_path):
+    pictures(tmp_path / "odd", ["🐜", "bee"])
+    mean = ["--method", "nearest-mean", "--backbone", BACKBONE]
+    with Forked("learn", tmp_path / "m.lamina", tmp_path / "odd", *mean, folder=tmp_path, first=ASCII) as process:
+        code, out, _ = process.end()
+    assert code == 0 and "lesson 1: bee, \\U0001f41c" in out
+
+
+ASCII = "import io; sys.stdout = io.TextIOWrapper(open(1, 'wb', closefd=False), encoding='ascii', write_through=True)"
+
+
+def test_a_precision_that_nobody_knows_is_refused(shop, learned, command):
+    code, _, errors = command("predict", learned, shop / "test", "--precision", "16")
+    assert (code, errors) == (2, ["lamina: no precision is called '16'. Known: 32, auto, bf16"])
+
+
+def test_a_folder_in_which_nothing_can_be_read_is_refused(shop, learned, tmp_path, command):
+    (tmp_path / "bad" / "ant").mkdir(parents=True)
+    (tmp_path / "bad" / "ant" / "1.png").write_bytes(b"x")
+    code, _, errors = command("evaluate", learned, tmp_path / "bad", "--skip-broken")
+    assert (code, errors) == (2, [f"lamina: no image in {tmp_path / 'bad'} can be read"])

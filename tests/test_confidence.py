@@ -142,6 +142,12 @@ def test_few_images_still_give_a_covariance_that_can_be_inverted():
     assert distances.isfinite().all()
 
 
+def test_images_that_are_all_alike_are_no_trouble():
+    features, labels = 9 * torch.ones(80, 5), torch.arange(80) % 4
+    distances = looked((features, labels)).gaussians().distances(torch.cat([features[:1], features[:1] + 1]))
+    assert distances.isfinite().all() and distances[1] > distances[0]
+
+
 def test_shrinkage_is_that_of_oas():
     from sklearn.covariance import OAS
 

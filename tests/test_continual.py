@@ -211,7 +211,7 @@ def test_without_held_out_images_there_is_no_accuracy_but_a_drift():
     model = model_of("vpt-nsp2")
     for classes in ((0, 1), (2, 3)):
         lesson = model.learn(material(*classes, held=0))
-    assert lesson.accuracy is None and lesson.drift["old"] > 0 and model.confidence.scale("energy") is None
+    assert lesson.accuracy is None and lesson.drift.old > 0 and model.confidence.scale("energy") is None
 
 
 # ── predictions ──────────────────────────────────────────────────────────────────────────────────────

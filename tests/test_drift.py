@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lamina.audit import Drift
 from lamina.drift import lesson_drift
 from lamina.heads.linear import LinearHead
 from lamina.methods.vpt_deep import VPTDeep
@@ -43,11 +44,11 @@ def test_the_estimate_is_close_to_what_old_images_kept_back_really_moved(tiny_vi
     kept_back = [batch for task in stream.tasks[:-1] for batch in feed.plain(task.test)]
     really = moved(before, after, kept_back)
     found = lesson_drift(before, after, feed.plain(stream.tasks[-1].test), trainer.learner.protections, memory, 1.0)
-    assert found["old"] == pytest.approx(really, rel=0.5)
-    assert really <= found["bound"]
-    assert found["new"] == pytest.approx(moved(before, after, feed.plain(stream.tasks[-1].test)), rel=1e-5)
-    assert [block["block"] for block in found["blocks"]] == [0, 1, 2]
-    assert sum(block["old"] ** 2 for block in found["blocks"]) == pytest.approx(found["old"] ** 2, rel=1e-6)
+    assert found.old == pytest.approx(really, rel=0.5)
+    assert really <= found.bound
+    assert found.new == pytest.approx(moved(before, after, feed.plain(stream.tasks[-1].test)), rel=1e-5)
+    assert [block.block for block in found.blocks] == [0, 1, 2]
+    assert sum(block.old**2 for block in found.blocks) == pytest.approx(found.old**2, rel=1e-6)
 
 
 def two_models(tower, shift):
@@ -62,13 +63,13 @@ def two_models(tower, shift):
 
 def test_prompts_that_stay_leave_features_where_they_are(tiny_vit):
     before, after = two_models(tiny_vit, 0.0)
-    assert lesson_drift(before, after, [Batch(torch.randn(5, 3, 32, 32))], [], [], 1.0)["new"] == 0.0
+    assert lesson_drift(before, after, [Batch(torch.randn(5, 3, 32, 32))], [], [], 1.0).new == 0.0
 
 
 def test_drift_is_told_in_units_of_the_spread(tiny_vit):
     before, after = two_models(tiny_vit, torch.randn(24))
     images = [Batch(torch.randn(5, 3, 32, 32)), Batch(torch.randn(2, 3, 32, 32))]
-    one, third = (lesson_drift(before, after, images, [], [], spread)["new"] for spread in (1.0, 3.0))
+    one, third = (lesson_drift(before, after, images, [], [], spread).new for spread in (1.0, 3.0))
     assert one > 0 and third == pytest.approx(one / 3)
     with torch.no_grad():
         assert one == pytest.approx(moved(before, after, images), rel=1e-5)
@@ -78,9 +79,9 @@ def test_without_a_protection_nothing_is_claimed_about_old_images(tiny_vit):
     settings = VPTDeep(length=2, epochs=1, batch_size=9)
     before, trainer, memory, stream = lesson(tiny_vit, settings, tasks=2)
     found = lesson_drift(before, trainer.learner.model, trainer.feed.plain(stream.tasks[1].test), [], memory, 1.0)
-    assert found["new"] > 0 and found["old"] is None and found["bound"] is None and found["blocks"] == []
+    assert found.new > 0 and found.old is None and found.bound is None and found.blocks == []
 
 
 def test_what_has_no_prompts_does_not_drift(tiny_vit):
     model = PromptedModel(tiny_vit, None, LinearHead(24))
-    assert lesson_drift(model, model, [], [], [], 1.0) == {"new": 0.0, "old": 0.0, "bound": 0.0, "blocks": []}
+    assert lesson_drift(model, model, [], [], [], 1.0) == Drift(new=0.0, old=0.0, bound=0.0, blocks=[])

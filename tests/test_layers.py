@@ -13,7 +13,7 @@ LAYERS = [
     {"errors", "text"},
     {"storage"},
     {"config", "registry", "seeds", "schedules"},
-    {"results"},
+    {"audit", "results"},
     {"backbones", "data"},
     {"lookback", "prompts"},
     {"confidence", "heads", "modelfile"},

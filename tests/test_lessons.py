@@ -390,7 +390,8 @@ KNOWS = "rename what is new, or give known classes further examples with --exist
 
 
 def test_known_classes_are_refused_by_name(shop, either, tmp_path, command):
-    assert refused(command, either, shop / "a") == f"the model knows 'ant', 'bee' already; {KNOWS}"
+    same = f"the model knows 'ant', 'bee' already (from these very images); {KNOWS}"
+    assert refused(command, either, shop / "a") == same
     mixed = pictures(tmp_path / "mixed", ["bee", "cow"])
     assert refused(command, either, mixed) == f"the model knows 'bee' already; {KNOWS}"
 
@@ -425,7 +426,7 @@ def test_one_class_alone_is_enough_for_class_means_and_not_for_a_method_that_tel
     alone = pictures(tmp_path / "alone", ["cow"])
     assert refused(command, vpt, alone) == (
         "vpt-nsp2 learns to tell the classes of one lesson apart, so a lesson needs at least two; got 'cow' alone. "
-        "Add another class, or keep a model with --method nearest-mean, which can do with one"
+        "Add another class, or keep a model of method nearest-mean, which can do with one"
     )
     words = ["--method", "nearest-mean", "--backbone", BACKBONE]
     assert command("learn", tmp_path / "new.lamina", alone, *words)[0] == 0

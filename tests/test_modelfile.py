@@ -35,7 +35,17 @@ NO_HEADER = "it has no header of safetensors of at most 16777216 bytes"
 def make_lesson(**changes):
     values = {"name": "pets", "date": "2026-11-21T14:05:00Z", "method": "vpt-nsp2", "classes": ["ant", "bee", "cat"]}
     values |= {"columns": [0, 1, 2], "images": 31, "held_out": 7, "skipped": 1, "seconds": {"train": 1.5}}
-    values |= {"accuracy": 0.75, "drift": {"lost": [[0.5, 1]]}, "data": "d1", "base": None}
+    values |= {
+        "accuracy": 0.75,
+        "drift": {
+            "new": 0.5,
+            "old": 0.25,
+            "bound": None,
+            "blocks": [{"block": 3, "step": 1.5, "old": 0.25, "bound": 7.0}],
+        },
+        "data": "d1",
+        "base": None,
+    }
     return Lesson(**(values | changes))
 
 
@@ -379,7 +389,9 @@ def test_facts_that_contradict_each_other_are_refused(content, path, changes, me
     with pytest.raises((ConfigError, ModelFileError)) as error:
         make_model(**changes)
     assert str(error.value) == message
-    changes = {name: [dict(each) for each in value] if name == "lessons" else value for name, value in changes.items()}
+    changes = {
+        name: [each.model_dump() for each in value] if name == "lessons" else value for name, value in changes.items()
+    }
     assert refusal(path, forged(said_of(content) | changes, load(content))) == f"{BROKEN}{message}{COPY}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 import lamina.cli.lists
@@ -16,6 +17,10 @@ __all__ = ["app", "main"]
 
 def main() -> None:
     """Run the command; an error of ours is one line and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        # A class may have a name that the terminal cannot show.
+        with contextlib.suppress(AttributeError, OSError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # not all streams can
     try:
         app()
     except LaminaError as error:

@@ -270,18 +270,18 @@ def _told(lesson: Any, lessons: int, classes: int) -> Iterator[str]:
         yield moved_line(lesson.drift)
 
 
-def moved_line(drift: dict[str, Any]) -> str:
+def moved_line(drift: Any) -> str:
     """Say how far old classes may have moved."""
-    if drift["old"] is None:
+    if drift.old is None or drift.bound is None:
         return (
-            f"nothing protects the old classes: features of the new images moved by {_share(drift['new'])} of the "
+            f"nothing protects the old classes: features of the new images moved by {_share(drift.new)} of the "
             "spread of old features, and those of old images may have moved as far"
         )
-    if drift["new"] == 0:
+    if drift.new == 0:
         return "old classes have not moved: their features come from the frozen model alone"
     return (
-        f"old classes have moved by about {_share(drift['old'])} of the spread of their features, at most "
-        f"{_share(drift['bound'])}; the new images by {_share(drift['new'])}"
+        f"old classes have moved by about {_share(drift.old)} of the spread of their features, at most "
+        f"{_share(drift.bound)}; the new images by {_share(drift.new)}"
     )
 
 
@@ -378,14 +378,14 @@ def _inspected(known: dict[str, Any], file: Any) -> None:
         print(moved_line(last))
 
 
-def _percent(drift: dict[str, Any] | None, which: str) -> float | None:
-    value = None if drift is None else drift[which]
+def _percent(drift: Any, which: str) -> float | None:
+    value = None if drift is None else getattr(drift, which)
     return None if value is None else round(100 * value, 1)
 
 
-def _rooms(rooms: list[dict[str, Any]], drift: dict[str, Any] | None) -> list[dict[str, Any]]:
+def _rooms(rooms: list[dict[str, Any]], drift: Any) -> list[dict[str, Any]]:
     """Join the rooms of one block to one row, and the last lesson's step with them."""
-    steps = {block["block"]: block for block in (drift or {}).get("blocks", [])}
+    steps = {block.block: block for block in drift.blocks} if drift is not None else {}
     out: dict[int, dict[str, Any]] = {}
     for room in rooms:
         row = out.setdefault(room["block"], {"block": room["block"]})
@@ -393,7 +393,7 @@ def _rooms(rooms: list[dict[str, Any]], drift: dict[str, Any] | None) -> list[di
         row[f"{room['what']}: energy kept (%)"] = round(100 * room["energy_kept"], 2)
     for block, row in out.items():
         step = steps.get(block)
-        row["last step"] = None if step is None else round(step["step"], 2)
-        row["old moved (%)"] = None if step is None else round(100 * step["old"], 2)
-        row["at most (%)"] = None if step is None else round(100 * step["bound"], 2)
+        row["last step"] = None if step is None else round(step.step, 2)
+        row["old moved (%)"] = None if step is None else round(100 * step.old, 2)
+        row["at most (%)"] = None if step is None else round(100 * step.bound, 2)
     return list(out.values())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning_fabric import Fabric
+
+from lamina.errors import ConfigError, unknown
 
 Precision = Literal["auto", "bf16", "32"]
 
@@ -41,7 +43,13 @@ def _together(fabric: Fabric, work: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def tower_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """Return the dtype of a frozen tower: bf16 where the processor computes in it, unless told otherwise."""
+    """Return the dtype of a frozen tower: bf16 where the processor computes in it, unless told otherwise.
+
+    Raises:
+        ConfigError: when the precision is none of the three.
+    """
+    if precision not in get_args(Precision):
+        raise ConfigError(unknown("precision", precision, get_args(Precision)))
     if precision == "32":
         return torch.float32
     if precision == "bf16":
