@@ -562,7 +562,7 @@ ASCII = "import io; sys.stdout = io.TextIOWrapper(open(1, 'wb', closefd=False), 
 
 def test_a_precision_that_nobody_knows_is_refused(shop, learned, command):
     code, _, errors = command("predict", learned, shop / "test", "--precision", "16")
-    assert (code, errors) == (2, ["lamina: no precision is called '16'. Known: 32, auto, bf16"])
+    assert (code, errors) == (2, ["lamina: no precision is called '16'; did you mean 'bf16'? Known: 32, auto, bf16"])
 
 
 def test_a_folder_in_which_nothing_can_be_read_is_refused(shop, learned, tmp_path, command):
