@@ -2,6 +2,7 @@
 
     python benchmarks/model_file.py speed            judging decoded images against the bare backbone; size of files
     python benchmarks/model_file.py learn            seconds of `lamina learn` on 5 classes x 100 photographs
+    python benchmarks/model_file.py readme           run the commands of README.md's example and put in what they print
     python benchmarks/model_file.py quality          lessons of ten classes of tiny-odd-10: accuracy, calibration,
                                                      novelty, and the drift estimate against what really moved
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -39,6 +41,17 @@ from lamina.runs import commit, hardware, versions
 from lamina.seeds import seed_at
 
 RESULTS = Path(__file__).parent / "results" / "model-file.json"
+README = Path(__file__).parents[1] / "README.md"
+LAMINA = [sys.executable, "-c", "from lamina.cli import main; main()"]
+
+#: the example of README.md; what the last one prints is cut to its overview
+EXAMPLE = (
+    "lamina sample digits digits",
+    'lamina learn digits.lamina digits/1 --name "week 1"',
+    'lamina learn digits.lamina digits/2 --name "week 2"',
+    "lamina predict digits.lamina digits/test/six/003*.png digits/test/nine/002*.png --flag-novel",
+    "lamina evaluate digits.lamina digits/test",
+)
 
 
 class OneSource:
@@ -144,7 +157,6 @@ def size_of(model: ContinualModel) -> int:
 def learn(data: Path | None) -> dict[str, Any]:
     """Run `lamina learn` twice on 5 classes x 100 photographs, as files, and `lamina predict` on 250."""
     stream = build_stream(StreamSettings(name="tiny-odd-10-full", tasks=20, per_class=100), data)
-    lamina = [sys.executable, "-c", "from lamina.cli import main; main()"]
     seconds: dict[str, list[float]] = {"learn": [], "predict": []}
     told = []
     with tempfile.TemporaryDirectory() as folder:
@@ -162,16 +174,32 @@ def learn(data: Path | None) -> dict[str, Any]:
                 ("predict", ["predict", "m.lamina", f"test/{number}", "--format", "jsonl"]),
             ):
                 began = time.perf_counter()
-                subprocess.run([*lamina, *words], cwd=root, capture_output=True, text=True, check=True)
+                subprocess.run([*LAMINA, *words], cwd=root, capture_output=True, text=True, check=True)
                 seconds[what].append(round(time.perf_counter() - began, 1))
             told.append(
                 json.loads(
                     subprocess.run(
-                        [*lamina, "inspect", "m.lamina", "--json"], cwd=root, capture_output=True, text=True, check=True
+                        [*LAMINA, "inspect", "m.lamina", "--json"], cwd=root, capture_output=True, text=True, check=True
                     ).stdout
                 )["lessons"][-1]["seconds"]
             )
     return {"seconds": seconds, "of_which": told, "threads": torch.get_num_threads()}
+
+
+def readme() -> dict[str, Any]:
+    """Run the commands of the example in an empty folder; README.md gets what they print."""
+    lines = []
+    with tempfile.TemporaryDirectory() as folder:
+        for command in EXAMPLE:
+            words = [*LAMINA, *shlex.split(command)[1:]]
+            done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=True)
+            shown = done.stdout.partition("by task")[0].rstrip().splitlines()
+            lines += [f"$ {command}", *shown, ""]
+    before, _, rest = README.read_text().partition("<!-- example -->\n")
+    after = rest.partition("<!-- /example -->")[2]
+    block = "\n".join(lines).rstrip()
+    README.write_text(f"{before}<!-- example -->\n```\n{block}\n```\n<!-- /example -->{after}")
+    return {"commands": list(EXAMPLE)}
 
 
 def quality(data: Path | None, method: str, lessons: int) -> dict[str, Any]:
@@ -243,7 +271,7 @@ def judged(model: ContinualModel, tasks: list[Task]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["speed", "learn", "quality"])
+    parser.add_argument("part", choices=["speed", "learn", "readme", "quality"])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--method", default="vpt-nsp2")
     parser.add_argument("--lessons", type=int, default=5)
@@ -254,6 +282,7 @@ def main() -> None:
     found = {
         "speed": lambda: speed(given.rounds),
         "learn": lambda: learn(given.data),
+        "readme": readme,
         "quality": lambda: quality(given.data, given.method, given.lessons),
     }[given.part]()
     found |= {"commit": commit(), "hardware": hardware(torch.device("cpu")), "versions": versions()}

@@ -464,7 +464,7 @@ def test_inspect_tells_the_room_in_every_block(shop, tmp_path, command):
     assert 0 < drift["old"] <= drift["bound"] and len(drift["blocks"]) == 6
     text = command("inspect", path)[1]
     assert "room for new tasks, by block" in text and text.splitlines()[-1].startswith(
-        "old classes have moved by about"
+        "old features moved by an estimated"
     )
 
 

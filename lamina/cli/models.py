@@ -280,8 +280,8 @@ def moved_line(drift: Any) -> str:
     if drift.new == 0:
         return "old classes have not moved: their features come from the frozen model alone"
     return (
-        f"old classes have moved by about {_share(drift.old)} of the spread of their features, at most "
-        f"{_share(drift.bound)}; the new images by {_share(drift.new)}"
+        f"old features moved by an estimated {_share(drift.old)} of their spread (worst case of a step that long: "
+        f"{_share(drift.bound)}), new ones by {_share(drift.new)}"
     )
 
 
@@ -362,7 +362,7 @@ def _inspected(known: dict[str, Any], file: Any) -> None:
                 "accuracy (%)": None if lesson.accuracy is None else round(100 * lesson.accuracy, 1),
                 "seconds": None if lesson.seconds is None else round(sum(lesson.seconds.values()), 1),
                 "old classes moved (%)": _percent(lesson.drift, "old"),
-                "at most (%)": _percent(lesson.drift, "bound"),
+                "worst step (%)": _percent(lesson.drift, "bound"),
             }
             for number, lesson in enumerate(file.lessons, 1)
         ]
@@ -395,5 +395,5 @@ def _rooms(rooms: list[dict[str, Any]], drift: Any) -> list[dict[str, Any]]:
         step = steps.get(block)
         row["last step"] = None if step is None else round(step.step, 2)
         row["old moved (%)"] = None if step is None else round(100 * step.old, 2)
-        row["at most (%)"] = None if step is None else round(100 * step.bound, 2)
+        row["worst step (%)"] = None if step is None else round(100 * step.bound, 2)
     return list(out.values())
