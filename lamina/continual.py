@@ -31,7 +31,6 @@ from lamina.learner import Learner
 from lamina.model import Batch, PromptedModel
 from lamina.modelfile import ModelFile
 from lamina.registry import method_class
-from lamina.runs import RECIPES
 from lamina.seeds import seed_at
 from lamina.training.evaluation import scores
 from lamina.training.feed import Feed
@@ -45,7 +44,7 @@ _DRIFT_IMAGES = 100
 
 def lesson_settings(method: str) -> dict[str, Any]:
     """Return what lessons change in the defaults of a method."""
-    return read_toml(RECIPES / "lessons.toml").get(method, {})
+    return read_toml(Path(__file__).with_name("lessons.toml")).get(method, {})
 
 
 class ContinualModel:

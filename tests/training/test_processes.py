@@ -76,6 +76,9 @@ def assert_close(ours, theirs, tolerance, name=""):
     if isinstance(ours, torch.Tensor):
         assert (ours - theirs).abs().max() <= tolerance * max(1.0, ours.abs().max().item()), name
         return
+    if not isinstance(ours, dict | list | tuple):
+        assert ours == theirs, name
+        return
     keys = ours.keys() if isinstance(ours, dict) else range(len(ours))
     assert keys == (theirs.keys() if isinstance(theirs, dict) else range(len(theirs))), name
     for key in keys:
