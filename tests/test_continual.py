@@ -14,6 +14,7 @@ from lamina.data.pictures import ArrayPictures
 from lamina.errors import ConfigError, DataError, LaminaError, ModelFileError, ResumeError, TrainingError
 from lamina.learner import Learner
 from lamina.methods.nearest_mean import NearestMean
+from lamina.model import Batch
 from lamina.modelfile import ModelFile
 from lamina.registry import method_names
 from lamina.training.progress import Progress
@@ -167,7 +168,8 @@ def test_known_classes_can_get_more_examples_and_keep_their_columns(method):
     pixels = pixels_of(again, material(3, 0))
     assert torch.equal(again.judge(pixels).probabilities, model.judge(pixels).probabilities)
     model.learn(material(0, 1, seed=9), existing="extend")
-    assert model.classes == ["c0", "c1", "c3"]
+    assert model.classes == ["c0", "c1", "c3"] and model.statistics.counts.tolist() == [21, 21, 7]
+    assert model.judge(pixels).probabilities.shape == (6, 3)
 
 
 def test_one_class_alone_is_refused_where_it_would_have_nothing_to_be_told_from():
@@ -233,6 +235,17 @@ def test_images_unlike_all_that_was_learned_look_newer():
     model.learn(material(0, 1, 2, train=20, held=10))
     known, new = (model.judge(pixels_of(model, material(*c))).novelty["mahalanobis"] for c in ((0, 1, 2), (5, 6, 7)))
     assert new.min() > known.max()
+
+
+def test_drift_is_told_in_units_of_the_spread_of_old_features(kept):
+    before, model = ContinualModel.load(kept), ContinualModel.load(kept)
+    new = material(5, 6)
+    drift = model.learn(new).drift
+    pixels = Batch(model.plain.normalised(pixels_of(model, new)))
+    with torch.no_grad():
+        move = model.model.features(pixels)[0] - before.model.features(pixels)[0]
+    expected = float(move.square().sum(1).mean().sqrt()) / before.statistics.spread()
+    assert drift.new == pytest.approx(expected, rel=1e-4)
 
 
 def test_random_numbers_of_the_caller_are_left_alone():

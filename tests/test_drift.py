@@ -10,6 +10,7 @@ from lamina.methods.vpt_deep import VPTDeep
 from lamina.methods.vpt_nsp2 import VPTNSP2
 from lamina.model import Batch, PromptedModel
 from lamina.prompts.deep import DeepPrompts
+from lamina.protections.base import Felt, Protection
 from tests.streams import blobs, trainer_of
 
 
@@ -49,6 +50,28 @@ def test_the_estimate_is_close_to_what_old_images_kept_back_really_moved(tiny_vi
     assert found.new == pytest.approx(moved(before, after, feed.plain(stream.tasks[-1].test)), rel=1e-5)
     assert [block.block for block in found.blocks] == [0, 1, 2]
     assert sum(block.old**2 for block in found.blocks) == pytest.approx(found.old**2, rel=1e-6)
+
+
+class Feels(Protection):
+    """Feels 2 + 6 for old images, where the worst is 32, and 0.5 for those that came since."""
+
+    def felt(self, before, images):
+        if images == {"since": {"seen": 7}}:
+            return [Felt(0, 1.0, 0.5, 1.0)]
+        assert images == {"seen": 7}
+        return [Felt(0, 1.5, 2.0, 14.0), Felt(2, 2.5, 6.0, 18.0)]
+
+    def since(self, memory):
+        return {"since": memory}
+
+
+def test_the_drift_of_new_images_is_scaled_by_how_much_more_old_ones_feel(tiny_vit):
+    before, after = two_models(tiny_vit, torch.randn(24))
+    found = lesson_drift(before, after, [Batch(torch.randn(5, 3, 32, 32))], [Feels()], [{"seen": 7}], 1.0)
+    assert found.old == pytest.approx(found.new * 4) and found.bound == pytest.approx(found.new * 8)
+    assert [(b.block, b.step) for b in found.blocks] == [(0, 1.5), (2, 2.5)]
+    assert found.blocks[0].old == pytest.approx(found.new * 2)
+    assert found.blocks[1].bound == pytest.approx(found.new * 6)
 
 
 def two_models(tower, shift):
