@@ -604,3 +604,10 @@ def test_learn_prints_json_alone_when_asked(shop, vpt, command):
     assert (code, errors) == (0, [])
     assert found == {"model": str(vpt), "checksum": file.checksum, **file.lessons[1].model_dump()}
     assert 0 <= found["drift"]["old"] <= found["drift"]["bound"] and found["drift"]["new"] > 0
+
+
+def test_no_pixel_and_no_feature_of_a_lesson_stays_in_the_cache(shop, either, tmp_path, command, monkeypatch):
+    """Else the images that a model must do without would lie about all the same."""
+    monkeypatch.setenv("LAMINA_CACHE", str(tmp_path / "cache"))
+    assert command("learn", either, shop / "b")[0] == 0
+    assert not (tmp_path / "cache").exists()
