@@ -193,7 +193,8 @@ def readme() -> dict[str, Any]:
         for command in EXAMPLE:
             words = [*LAMINA, *shlex.split(command)[1:]]
             done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=True)
-            shown = done.stdout.partition("by task")[0].rstrip().splitlines()
+            shown, cut, _ = done.stdout.partition("by task")
+            shown = [*shown.rstrip().splitlines(), *(["..."] if cut else [])]
             lines += [f"$ {command}", *shown, ""]
     before, _, rest = README.read_text().partition("<!-- example -->\n")
     after = rest.partition("<!-- /example -->")[2]

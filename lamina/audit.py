@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from datetime import datetime
+import os
+from datetime import UTC, datetime
 from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -67,3 +68,10 @@ class Lesson(Settings):
         if self.columns != sorted(set(self.columns)):
             raise ValueError(f"must have its classes in the order of their columns; got {self.columns}")
         return self
+
+
+def now() -> str:
+    """Return the time in UTC; SOURCE_DATE_EPOCH, a number of seconds, stands in for the clock where it is set."""
+    fixed = os.environ.get("SOURCE_DATE_EPOCH")
+    now = datetime.fromtimestamp(int(fixed), UTC) if fixed and fixed.isdigit() else datetime.now(UTC)
+    return now.strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -30,6 +30,9 @@ SCORES = ("mahalanobis", "energy")
 #: share of known images that a threshold leaves alone
 KNOWN = 0.95
 
+#: with fewer held-out images, thresholds and temperatures are rough
+FEW = 20
+
 #: held-out scores of a task are kept as so many quantiles
 _QUANTILES = 101
 
@@ -158,12 +161,12 @@ class Known(Settings):
 
     Attributes:
         images: how many there were.
-        temperature: that made the logits most likely to give their labels.
+        temperature: that made the logits most likely to give their labels; None where one class left no choice.
         quantiles: of how new they look, by score.
     """
 
     images: int = Field(ge=0)
-    temperature: float = Field(1.0, gt=0)
+    temperature: float | None = Field(None, gt=0)
     quantiles: dict[str, list[float]] = Field(default_factory=dict)
 
 
@@ -175,17 +178,22 @@ class Confidence(Settings):
     @property
     def temperature(self) -> float:
         """The geometric mean of the tasks' temperatures, weighted by their held-out images; 1 without any."""
-        images = sum(known.images for known in self.tasks)
-        return math.exp(sum(known.images * math.log(known.temperature) for known in self.tasks) / max(images, 1))
+        fitted = [(known.images, known.temperature) for known in self.tasks if known.temperature is not None]
+        images = sum(count for count, _ in fitted)
+        return math.exp(sum(count * math.log(temperature) for count, temperature in fitted) / max(images, 1))
 
     @property
     def unit(self) -> float:
         """The temperature of the first task: what energies are measured at, so that they can be compared later."""
-        return next((known.temperature for known in self.tasks if known.images), 1.0)
+        return next((known.temperature for known in self.tasks if known.temperature is not None), 1.0)
 
     def scale(self, score: str) -> tuple[float, float] | None:
-        """Return the median and the threshold of a score over held-out images of all tasks; None without any."""
-        kept = [known for known in self.tasks if known.images]
+        """Return the median and the threshold of a score over held-out images of all tasks; None without any.
+
+        As long as there are fewer than 20, of which 5 % are less than one, the two are kept at least a unit of the
+        score apart: of distance, or of energy one temperature.
+        """
+        kept = [known for known in self.tasks if score in known.quantiles]
         if not kept:
             return None
         values = np.concatenate([known.quantiles[score] for known in kept])
@@ -193,7 +201,9 @@ class Confidence(Settings):
         order = np.argsort(values, kind="stable")
         share = (np.cumsum(weights[order]) - weights[order] / 2) / weights.sum()
         middle, limit = np.interp([0.5, KNOWN], share, values[order])
-        return float(middle), float(max(limit, middle + 1e-9 * max(1.0, abs(middle))))
+        few = sum(known.images for known in kept) < FEW
+        least = (1.0 if score == "mahalanobis" else self.unit) if few else 1e-9 * max(1.0, abs(middle))
+        return float(middle), float(max(limit, middle + least))
 
 
 class Sureness(NamedTuple):
@@ -242,12 +252,14 @@ def learn_confidence(
         logits, features, labels: (n, C), (n, F), (n,) of the held-out images; n may be 0.
     """
     if not len(labels):
-        return Confidence(tasks=[*before.tasks, Known(images=0, temperature=1.0)])
-    known = Known(images=len(labels), temperature=fitted_temperature(logits, labels))
+        return Confidence(tasks=[*before.tasks, Known(images=0, temperature=None)])
+    choice = logits.shape[-1] > 1  # one class alone says nothing about temperature or energy
+    known = Known(images=len(labels), temperature=fitted_temperature(logits, labels) if choice else None)
     after = Confidence(tasks=[*before.tasks, known])
     levels = np.linspace(0, 1, _QUANTILES)
     scores = raw_scores(logits, features, gaussians, after.unit).items()
-    quantiles = {name: np.quantile(values.double().numpy(), levels).tolist() for name, values in scores}
+    told = [(name, values) for name, values in scores if choice or name != "energy"]
+    quantiles = {name: np.quantile(values.double().numpy(), levels).tolist() for name, values in told}
     return Confidence(tasks=[*before.tasks, known.model_copy(update={"quantiles": quantiles})])
 
 

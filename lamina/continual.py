@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +17,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from lamina.audit import Lesson
+from lamina.audit import Lesson, now
 from lamina.backbones.load import load_backbone
 from lamina.confidence import ClassStatistics, Confidence, Sureness, learn_confidence, sureness
 from lamina.config import read_toml
@@ -37,6 +36,9 @@ from lamina.training.feed import Feed
 from lamina.training.launch import Precision, tower_dtype
 from lamina.training.progress import Progress
 from lamina.training.trainer import Trainer
+
+#: steps between checkpoints: what Ctrl-C or a crash can cost at most
+_CHECKPOINT_EVERY = 20
 
 #: so many images at most does the drift get measured on
 _DRIFT_IMAGES = 100
@@ -264,7 +266,12 @@ class ContinualModel:
         with torch.random.fork_rng(devices=[]):
             learner, statistics = self._built(), ClassStatistics(self.backbone.tower.features)
             trainer = self._trainer(
-                learner, statistics, run_dir=work, checkpoint_every=100, identity=identity, progress=progress
+                learner,
+                statistics,
+                run_dir=work,
+                checkpoint_every=_CHECKPOINT_EVERY,
+                identity=identity,
+                progress=progress,
             )
             past = self._trainer(self.learner, self.statistics)
             if not trainer.restore(Stream("lessons", [*self._past, task], 0, material.fingerprint)):
@@ -288,6 +295,8 @@ class ContinualModel:
             )
         if not len(material.train):
             raise DataError("there is nothing to learn from: no image is left for training")
+        if again and self.lessons[-1].data == material.fingerprint:
+            raise ConfigError("the last lesson was learned from these very images; further examples must be others")
         columns = dict(known)
         for class_name in material.names:
             columns.setdefault(class_name, len(columns))
@@ -348,7 +357,7 @@ class ContinualModel:
         seconds = {stretch: round(trainer.seconds[stretch][task.index], 3) for stretch in ("train", "look_back")}
         lesson = Lesson(
             name=name,
-            date=_now(),
+            date=now(),
             method=self.method,
             classes=list(task.classes),
             columns=list(task.columns),
@@ -388,10 +397,3 @@ class ContinualModel:
     def _past(self) -> list[Task]:
         """The lessons so far, as tasks whose images are gone."""
         return [Task(i, lesson.classes, lesson.columns, GONE, GONE) for i, lesson in enumerate(self.lessons)]
-
-
-def _now() -> str:
-    """Return the time in UTC; SOURCE_DATE_EPOCH, a number of seconds, stands in for the clock where it is set."""
-    fixed = os.environ.get("SOURCE_DATE_EPOCH")
-    now = datetime.fromtimestamp(int(fixed), UTC) if fixed and fixed.isdigit() else datetime.now(UTC)
-    return now.strftime("%Y-%m-%dT%H:%M:%SZ")

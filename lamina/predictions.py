@@ -127,6 +127,7 @@ def evaluate(model: ContinualModel, file: ModelFile, folder: Path, *, skip_broke
         protocol={
             "images": int(known.sum()),
             "unknown_images": int((~known).sum()),
+            "unknown_classes": [name for name in names if name not in columns],
             "skipped_images": place - len(good),
             "image_size": model.spec.size,
             "precision": model.precision,

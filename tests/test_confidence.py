@@ -240,6 +240,28 @@ def test_without_held_out_images_there_is_no_threshold_and_the_temperature_stays
     assert [known.images for known in confidence.tasks] == [0]
 
 
+def test_one_class_alone_says_nothing_about_temperature_and_energy():
+    features, labels = cloud(30, columns=[0])
+    gaussians = looked((features, labels), classes=1).gaussians()
+    alone = learn_confidence(Confidence(), head(features)[:, :1], features, labels, gaussians)
+    assert (alone.temperature, alone.unit, alone.scale("energy")) == (1.0, 1.0, None) and alone.scale("mahalanobis")
+    new, columns = cloud(10, columns=[0, 1])
+    both = learn_confidence(alone, head(new)[:, :2], new, columns, looked((new, columns), classes=2).gaussians())
+    assert both.temperature == pytest.approx(both.unit) == pytest.approx(both.tasks[1].temperature)
+    assert both.scale("energy")
+
+
+@pytest.mark.parametrize("held", [1, 2])
+def test_a_few_held_out_images_do_not_make_everything_else_endlessly_new(held):
+    features, labels = cloud(held, columns=[0, 1])
+    statistics = looked(cloud(100))
+    confidence = learn_confidence(
+        Confidence(), head(features)[:held], features[:held], labels[:held], statistics.gaussians()
+    )
+    said = sureness(head(cloud(20)[0]), cloud(20)[0], statistics.gaussians(), confidence)
+    assert said.novelty["mahalanobis"].abs().max() < 20
+
+
 def test_a_threshold_weighs_tasks_by_their_held_out_images():
     def known(images, low, high):
         return Known(images=images, quantiles={"energy": np.linspace(low, high, 101).tolist()})

@@ -190,8 +190,9 @@ def test_a_kill_after_a_step_or_at_any_point_of_writing_and_cleaning_up_loses_no
 # ── interrupted ──────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_lesson_that_is_asked_to_stop_says_so_and_goes_on_to_the_same_bytes(
-    shop, undisturbed, vpt, command, monkeypatch
+    shop, undisturbed, vpt, command, monkeypatch, number
 ):
     step, taken = Log.step, []
 
@@ -199,12 +200,12 @@ def test_a_lesson_that_is_asked_to_stop_says_so_and_goes_on_to_the_same_bytes(
         step(*arguments)
         taken.append(1)
         if len(taken) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     old = vpt.read_bytes()
     monkeypatch.setattr(Log, "step", signalled)
     code, out, errors = command("learn", vpt, shop / "b")
-    assert (code, out, errors[-1]) == (75, "", "stopped; go on with `the same command`")
+    assert (code, out, errors[-1]) == (75, "", f"stopped; go on with `lamina learn {vpt} {shop / 'b'}`")
     assert vpt.read_bytes() == old
     assert command("learn", vpt, shop / "b")[0] == 0
     assert len(taken) == STEPS  # none was taken twice
@@ -510,7 +511,7 @@ def test_a_broken_image_is_named_or_skipped_and_counted(shop, mean, tmp_path, co
     message = refused(command, mean, folder)
     assert message.startswith(f"{folder / 'cow' / '0-3.png'} cannot be read: ") and "--skip-broken" in message
     code, out, _ = command("learn", mean, folder, "--skip-broken")
-    assert code == 0 and "learned from 9 images, 2 held out, 1 skipped; 4 classes in all" in out
+    assert code == 0 and "learned from 9 images, 2 held out, 1 skipped; classes in all: 4" in out
     assert ModelFile.read(mean).lessons[1].skipped == 1
 
 
@@ -590,8 +591,9 @@ def test_what_learn_prints_says_what_came_of_it(shop, mean, command):
         0,
         [
             "lesson 2 (spring 2026): cat, dog, elk",
-            "learned from 15 images, 3 held out; 5 classes in all",
-            "accuracy on the held-out images, over all classes: 100.0 %",
+            "learned from 15 images, 3 held out; classes in all: 5",
+            "accuracy on the images held out, choosing among all classes: 100.0 %",
+            "with fewer than 20 images held out, probabilities and novelty are rough",
             "old classes have not moved: their features come from the frozen model alone",
             f"written to {mean}",
         ],

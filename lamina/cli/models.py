@@ -14,7 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
-from lamina.cli.shared import Json, Set, app, note, print_table, progress_of, stoppable
+from lamina.cli.shared import Json, app, note, print_table, progress_of, stoppable, typed
+from lamina.cli.told import images, lesson_lines, percent, print_inspected
 from lamina.errors import ConfigError, LaminaError
 
 #: what `predict` says at the end when some images could not be read
@@ -54,7 +55,10 @@ def learn(
     folder: Annotated[Path, typer.Argument(help="Images of the new classes: FOLDER/CLASS/*.jpg and the like.")],
     method: Annotated[str | None, typer.Option(help="For a new model; see `lamina list methods`. [vpt-nsp2]")] = None,
     backbone: Annotated[str | None, typer.Option(help="For a new model; see `lamina list backbones`.")] = None,
-    changes: Set = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Change a setting of the method: epochs=20, lr=0.003."),
+    ] = None,
     name: Annotated[str | None, typer.Option(help='What to call this lesson, for example "spring 2026".')] = None,
     existing: Annotated[
         Existing, typer.Option(help="Classes that are known already: refuse, or extend with more examples.")
@@ -66,13 +70,17 @@ def learn(
     discard: Annotated[bool, typer.Option("--discard", help="Drop a lesson that was begun and not finished.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Learn new classes from a folder into a model file, which is made if it is not there."""
+    """Learn new classes from a folder into a model file, which is made if it is not there.
+
+    Methods that train a classifier tell the classes of one lesson apart, so they need at least two; nearest-mean can
+    do with one.
+    """
     from lamina.config import assignments
     from lamina.lessons import learn_folder
     from lamina.training.stopping import stop_signals
 
     watch = progress_of(as_json)
-    with stoppable("the same command", model.with_name(f".{model.name}.learning")), stop_signals() as should_stop:
+    with stoppable(typed(), model.with_name(f".{model.name}.learning")), stop_signals() as should_stop:
         done = learn_folder(
             model,
             folder,
@@ -94,7 +102,7 @@ def learn(
         return
     if done.before:
         note(f"{model} had learned this already, before it was interrupted")
-    for line in _told(done.lesson, len(done.file.lessons), len(done.file.classes)):
+    for line in lesson_lines(done.lesson, len(done.file.lessons), len(done.file.classes)):
         print(line)
     print(f"written to {model}")
 
@@ -157,6 +165,7 @@ def evaluate(
     from lamina.predictions import evaluate as evaluated
     from lamina.results import assessment
     from lamina.results.assessment_page import write_page
+    from lamina.text import printable
 
     _spare(model, out)
     file = ModelFile.read(model)
@@ -168,6 +177,9 @@ def evaluate(
         print(json.dumps(found.as_dict()))
         return
     print_table(assessment.rows_overview(found))
+    if unknown := found.protocol["unknown_classes"]:
+        shown = ", ".join(map(printable, unknown))
+        print(f"not among the known classes, so counted as new ({images(found.protocol['unknown_images'])}): {shown}")
     print_table(assessment.rows_tasks(found), title="by task")
     print_table(assessment.rows_classes(found), title="by class")
     if rows := assessment.rows_confusions(found):
@@ -194,7 +206,7 @@ def inspect(model: Model, as_json: Json = False) -> None:
     if as_json:
         print(json.dumps(known))
         return
-    _inspected(known, file)
+    print_inspected(known, file)
 
 
 @app.command()
@@ -233,7 +245,9 @@ def export(
         temperature=kept.confidence.temperature,
         verified=verified,
     )
-    checked = "ONNX Runtime gives the same scores" if verified else "not checked: ONNX Runtime is not installed"
+    checked = (
+        "ONNX Runtime gives the scores of --precision 32" if verified else "not checked: ONNX Runtime is not installed"
+    )
     print(f"written to {onnx} ({checked}) and {page}")
 
 
@@ -254,39 +268,6 @@ def _spare(model: Path, *outputs: Path | None) -> None:
     for out in outputs:
         if out is not None and out.resolve() == model.resolve():
             raise ConfigError(f"{out} is the model; choose another file to write to")
-
-
-def _told(lesson: Any, lessons: int, classes: int) -> Iterator[str]:
-    """Say in a few lines what came of a lesson."""
-    from lamina.text import printable
-
-    named = f" ({printable(lesson.name)})" if lesson.name else ""
-    skipped = f", {lesson.skipped} skipped" if lesson.skipped else ""
-    yield f"lesson {lessons}{named}: {', '.join(map(printable, lesson.classes))}"
-    yield f"learned from {lesson.images} images, {lesson.held_out} held out{skipped}; {classes} classes in all"
-    if lesson.accuracy is not None:
-        yield f"accuracy on the held-out images, over all classes: {100 * lesson.accuracy:.1f} %"
-    if lesson.drift is not None:
-        yield moved_line(lesson.drift)
-
-
-def moved_line(drift: Any) -> str:
-    """Say how far old classes may have moved."""
-    if drift.old is None or drift.bound is None:
-        return (
-            f"nothing protects the old classes: features of the new images moved by {_share(drift.new)} of the "
-            "spread of old features, and those of old images may have moved as far"
-        )
-    if drift.new == 0:
-        return "old classes have not moved: their features come from the frozen model alone"
-    return (
-        f"old features moved by an estimated {_share(drift.old)} of their spread (worst case of a step that long: "
-        f"{_share(drift.bound)}), new ones by {_share(drift.new)}"
-    )
-
-
-def _share(value: float) -> str:
-    return f"{100 * value:.1f} %"
 
 
 def _printed(predictions: Iterable[Any], form: Format, top: int, flag_novel: bool) -> Iterator[str]:
@@ -327,9 +308,9 @@ def _printed(predictions: Iterable[Any], form: Format, top: int, flag_novel: boo
                 yield f"{'':>11}  {'':>7}  {printable(p.path)}: {printable(p.error)}"
                 continue
             mark = "new? " if flag_novel and p.novel else ""
-            others = "".join(f", {printable(name)} {_share(share)}" for name, share in p.top[1:])
+            others = "".join(f", {printable(name)} {percent(share)}" for name, share in p.top[1:])
             said = f"{mark}{printable(p.top[0][0])}{others}"
-            yield f"{_share(p.top[0][1]):>11}  {p.novelty:>7.2f}  {said}  {printable(p.path)}"
+            yield f"{percent(p.top[0][1]):>11}  {p.novelty:>7.2f}  {said}  {printable(p.path)}"
 
 
 class _Line:
@@ -339,61 +320,3 @@ class _Line:
 
     def write(self, text: str) -> None:
         self.text = text
-
-
-def _inspected(known: dict[str, Any], file: Any) -> None:
-    """Print what `inspect` found."""
-    from lamina.text import printable
-
-    print(f"model      {known['model']}, {known['bytes'] / 1e6:.2f} MB, checksum {known['checksum']}")
-    settings = ", ".join(f"{key} {value}" for key, value in file.settings.items())
-    print(f"method     {printable(f'{file.method}: {settings}' if settings else file.method)}")
-    backbone = f"{file.backbone['name']}, fingerprint {file.backbone['fingerprint']}, {file.precision}"
-    print(f"backbone   {printable(backbone)}")
-    print_table(
-        [
-            {
-                "lesson": number,
-                "name": lesson.name or "",
-                "date": lesson.date,
-                "classes": ", ".join(lesson.classes),
-                "images": lesson.images,
-                "held out": lesson.held_out,
-                "accuracy (%)": None if lesson.accuracy is None else round(100 * lesson.accuracy, 1),
-                "seconds": None if lesson.seconds is None else round(sum(lesson.seconds.values()), 1),
-                "old classes moved (%)": _percent(lesson.drift, "old"),
-                "worst step (%)": _percent(lesson.drift, "bound"),
-            }
-            for number, lesson in enumerate(file.lessons, 1)
-        ]
-    )
-    last = file.lessons[-1].drift if file.lessons else None
-    if known["room"]:
-        print_table(_rooms(known["room"], last), title="room for new tasks, by block")
-    elif "room_unknown" in known:
-        print(f"room for new tasks: unknown, {printable(known['room_unknown'])}")
-    else:
-        print(f"room for new tasks: {file.method} limits no step")
-    if last is not None:
-        print(moved_line(last))
-
-
-def _percent(drift: Any, which: str) -> float | None:
-    value = None if drift is None else getattr(drift, which)
-    return None if value is None else round(100 * value, 1)
-
-
-def _rooms(rooms: list[dict[str, Any]], drift: Any) -> list[dict[str, Any]]:
-    """Join the rooms of one block to one row, and the last lesson's step with them."""
-    steps = {block.block: block for block in drift.blocks} if drift is not None else {}
-    out: dict[int, dict[str, Any]] = {}
-    for room in rooms:
-        row = out.setdefault(room["block"], {"block": room["block"]})
-        row[f"{room['what']} used"] = f"{room['used']} of {room['of']}"
-        row[f"{room['what']}: energy kept (%)"] = round(100 * room["energy_kept"], 2)
-    for block, row in out.items():
-        step = steps.get(block)
-        row["last step"] = None if step is None else round(step.step, 2)
-        row["old moved (%)"] = None if step is None else round(100 * step.old, 2)
-        row["worst step (%)"] = None if step is None else round(100 * step.bound, 2)
-    return list(out.values())

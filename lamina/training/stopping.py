@@ -10,12 +10,21 @@ from contextlib import contextmanager
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Let SIGTERM and SIGUSR1 end the run at the next step, after a checkpoint; yield who says so."""
+    """Let SIGTERM, SIGUSR1 and Ctrl-C end the run at the next step, after a checkpoint; yield who says so.
+
+    Pressed again, Ctrl-C ends it at once.
+    """
     asked: list[int] = []
+
+    def ask(number: int, frame: object) -> None:
+        if number == signal.SIGINT and number in asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
     before = {}
     if threading.current_thread() is threading.main_thread():  # elsewhere, whoever runs us handles signals
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            before[number] = signal.signal(number, lambda number, frame: asked.append(number))
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            before[number] = signal.signal(number, ask)
     try:
         yield lambda: bool(asked)
     finally:

@@ -1,0 +1,108 @@
+"""What the commands around a model file print."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from lamina.cli.shared import print_table
+
+
+def lesson_lines(lesson: Any, lessons: int, classes: int) -> Iterator[str]:
+    """Say in a few lines what came of a lesson."""
+    from lamina.confidence import FEW
+    from lamina.text import printable
+
+    named = f" ({printable(lesson.name)})" if lesson.name else ""
+    skipped = f", {lesson.skipped} skipped" if lesson.skipped else ""
+    yield f"lesson {lessons}{named}: {', '.join(map(printable, lesson.classes))}"
+    yield f"learned from {images(lesson.images)}, {lesson.held_out} held out{skipped}; classes in all: {classes}"
+    if lesson.accuracy is not None:
+        yield f"accuracy on the images held out, choosing among all classes: {100 * lesson.accuracy:.1f} %"
+    if lesson.held_out < FEW:
+        yield f"with fewer than {FEW} images held out, probabilities and novelty are rough"
+    if lesson.drift is not None:
+        yield moved_line(lesson.drift)
+
+
+def images(count: int) -> str:
+    """Return a number of images, in the plural where it must be."""
+    return f"{count} image{'' if count == 1 else 's'}"
+
+
+def moved_line(drift: Any) -> str:
+    """Say how far old classes may have moved."""
+    if drift.old is None or drift.bound is None:
+        return (
+            f"nothing protects the old classes: features of the new images moved by {percent(drift.new)} of the "
+            "spread of old features, and those of old images may have moved as far"
+        )
+    if drift.new == 0:
+        return "old classes have not moved: their features come from the frozen model alone"
+    return (
+        f"old features moved by an estimated {percent(drift.old)} of their spread (worst case of a step that long: "
+        f"{percent(drift.bound)}), new ones by {percent(drift.new)}"
+    )
+
+
+def percent(value: float) -> str:
+    """Return a fraction in percent."""
+    return f"{100 * value:.1f} %"
+
+
+def print_inspected(known: dict[str, Any], file: Any) -> None:
+    """Print what `inspect` found."""
+    from lamina.text import printable
+
+    print(f"model      {known['model']}, {known['bytes'] / 1e6:.2f} MB, checksum {known['checksum']}")
+    settings = ", ".join(f"{key} {value}" for key, value in file.settings.items())
+    print(f"method     {printable(f'{file.method}: {settings}' if settings else file.method)}")
+    backbone = f"{file.backbone['name']}, fingerprint {file.backbone['fingerprint']}, {file.precision}"
+    print(f"backbone   {printable(backbone)}")
+    print_table(
+        [
+            {
+                "lesson": number,
+                "name": lesson.name or "",
+                "date": lesson.date,
+                "classes": ", ".join(lesson.classes),
+                "images": lesson.images,
+                "held out": lesson.held_out,
+                "accuracy (%)": None if lesson.accuracy is None else round(100 * lesson.accuracy, 1),
+                "seconds": None if lesson.seconds is None else round(sum(lesson.seconds.values()), 1),
+                "old classes moved (%)": _drift_percent(lesson.drift, "old"),
+                "worst step (%)": _drift_percent(lesson.drift, "bound"),
+            }
+            for number, lesson in enumerate(file.lessons, 1)
+        ]
+    )
+    last = file.lessons[-1].drift if file.lessons else None
+    if known["room"]:
+        print_table(_rooms(known["room"], last), title="room for new tasks, by block")
+    elif "room_unknown" in known:
+        print(f"room for new tasks: unknown, {printable(known['room_unknown'])}")
+    else:
+        print(f"room for new tasks: {file.method} limits no step")
+    if last is not None:
+        print(moved_line(last))
+
+
+def _drift_percent(drift: Any, which: str) -> float | None:
+    value = None if drift is None else getattr(drift, which)
+    return None if value is None else round(100 * value, 1)
+
+
+def _rooms(rooms: list[dict[str, Any]], drift: Any) -> list[dict[str, Any]]:
+    """Join the rooms of one block to one row, and the last lesson's step with them."""
+    steps = {block.block: block for block in drift.blocks} if drift is not None else {}
+    out: dict[int, dict[str, Any]] = {}
+    for room in rooms:
+        row = out.setdefault(room["block"], {"block": room["block"]})
+        row[f"{room['what']} used"] = f"{room['used']} of {room['of']}"
+        row[f"{room['what']}: energy kept (%)"] = round(100 * room["energy_kept"], 2)
+    for block, row in out.items():
+        step = steps.get(block)
+        row["last step"] = None if step is None else round(step.step, 2)
+        row["old moved (%)"] = None if step is None else round(100 * step.old, 2)
+        row["worst step (%)"] = None if step is None else round(100 * step.bound, 2)
+    return list(out.values())
