@@ -295,8 +295,6 @@ class ContinualModel:
             )
         if not len(material.train):
             raise DataError("there is nothing to learn from: no image is left for training")
-        if again and self.lessons[-1].data == material.fingerprint:
-            raise ConfigError("the last lesson was learned from these very images; further examples must be others")
         columns = dict(known)
         for class_name in material.names:
             columns.setdefault(class_name, len(columns))

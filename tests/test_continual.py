@@ -172,13 +172,6 @@ def test_known_classes_can_get_more_examples_and_keep_their_columns(method):
     assert model.judge(pixels).probabilities.shape == (6, 3)
 
 
-def test_the_same_images_again_are_no_further_examples():
-    model = model_of()
-    model.learn(material(0, 1))
-    with pytest.raises(ConfigError, match="learned from these very images"):
-        model.learn(material(0, 1), existing="extend")
-
-
 def test_one_class_alone_is_refused_where_it_would_have_nothing_to_be_told_from():
     with pytest.raises(ConfigError, match="a lesson needs at least two; got 'c3' alone"):
         model_of("vpt-nsp2").learn(material(3))
