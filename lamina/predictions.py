@@ -121,7 +121,6 @@ def evaluate(model: ContinualModel, file: ModelFile, folder: Path, *, skip_broke
     probabilities = torch.cat([part.probabilities for part in parts]).numpy()
     novelty = {name: torch.cat([part.novelty[name] for part in parts]).numpy() for name in SCORES}
     known = labels >= 0
-    first = {name: task for task, lesson in reversed(list(enumerate(model.lessons))) for name in lesson.classes}
     return assess(
         model=facts(file),
         protocol={
@@ -135,7 +134,7 @@ def evaluate(model: ContinualModel, file: ModelFile, folder: Path, *, skip_broke
             "temperature": model.confidence.temperature,
         },
         classes=model.classes,
-        class_tasks=[first[name] for name in model.classes],
+        class_tasks=file.class_tasks,
         task_names=[lesson.name for lesson in model.lessons],
         labels=labels[known],
         probabilities=probabilities[known],

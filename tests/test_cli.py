@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import lamina
-from lamina.cli import app, main
+from lamina.cli import app
 from lamina.errors import StorageError
 from lamina.registry import method_class, method_names
 from lamina.results.records import Record
 from lamina.training.trainer import Stopped
+from tests.commands import called
 
 SMALL = ["--stream", "digits", "--set", "stream.per_class=3", "--set", "stream.test_per_class=2"]
 
@@ -38,18 +40,7 @@ def _here(tmp_path, monkeypatch):
 def command(monkeypatch, capfd):
     """Return a function from words to (exit code, stdout, lines of stderr), through `main`."""
 
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["lamina", *map(str, words)])
-        capfd.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as error:
-            code = error.code or 0
-        out, errors = capfd.readouterr()
-        return code, out, errors.splitlines()
-
-    return call
+    return partial(called, monkeypatch, capfd)
 
 
 @pytest.fixture

@@ -450,8 +450,8 @@ def test_large_pictures_teach_the_same_as_files(tmp_path):
 @pytest.mark.parametrize(("height", "shrunk"), [(300, 3), (40, 0)])
 def test_large_pictures_are_shrunk_once_and_small_ones_not_held(height, shrunk, monkeypatch):
     images, y = pictures(0, each=1, height=height, width=300)
-    calls, upright = [], reading._upright
-    monkeypatch.setattr(reading, "_upright", lambda image, max_side: calls.append(1) or upright(image, max_side))
+    calls, upright = [], reading.upright
+    monkeypatch.setattr(reading, "upright", lambda image, size: calls.append(1) or upright(image, size))
     for way in (images, images / 255, torch.from_numpy(images).permute(0, 3, 1, 2)):
         kept = reading.given(way).kept(256)
         assert kept.image(1).shape[1:] == (min(height, 256), 256 if shrunk else 300)

@@ -249,16 +249,21 @@ def decode_image(contents: bytes, max_side: int = 256) -> np.ndarray:
         width, height = kept_size(*image.size, max_side)
         # a JPEG can be decoded at a half, a quarter or an eighth for a fraction of the time
         image.draft(None, (width, height))
-        # conversion drops the tag from some formats, so its value is read first
-        turned = _orientation(image)
-        with _ONE_LARGE if math.prod(image.size) > _LARGE else nullcontext():
-            plain = rgb(image)
-            if plain.size != (width, height):
-                plain = plain.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
-        # what else stood beside the tag may be damaged, and is not read again
-        plain.info.clear()
-        plain.getexif()[_ORIENTATION] = turned
-        return np.asarray(ImageOps.exif_transpose(plain)).transpose(2, 0, 1)
+        return upright(image, (width, height)).transpose(2, 0, 1)
+
+
+def upright(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """Return an image as (height, width, 3), uint8, brought to a size (width, height), then turned by its EXIF tag."""
+    # conversion drops the tag from some formats, so its value is read first
+    turned = _orientation(image)
+    with _ONE_LARGE if math.prod(image.size) > _LARGE else nullcontext():
+        plain = rgb(image)
+        if plain.size != size:
+            plain = plain.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+    # what else stood beside the tag may be damaged, and is not read again
+    plain.info.clear()
+    plain.getexif()[_ORIENTATION] = turned
+    return np.asarray(ImageOps.exif_transpose(plain))
 
 
 def _opened(stream: BinaryIO) -> ImageFile.ImageFile:

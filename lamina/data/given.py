@@ -10,12 +10,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from sklearn.utils.validation import column_or_1d
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from lamina.data.decode import ImageFiles, kept_size, reason, rgb
+from lamina.data.decode import ImageFiles, kept_size, reason, upright
 from lamina.data.incoming import incoming
 from lamina.data.pictures import hashed
 from lamina.data.stream import ImageSet
@@ -28,8 +28,6 @@ _LONGEST_LABEL = 255
 
 #: whole numbers above it do not all have a float
 _LARGEST_FLOAT = 2**53
-
-_ORIENTATION = 0x0112  # EXIF's tag for how the camera was held
 
 _TAKEN = (
     "take an array (n, h, w, 3) or (n, h, w), a tensor (n, 3, h, w) or (n, 1, h, w), a Dataset, or a list of paths or "
@@ -194,14 +192,15 @@ class _Pictures:
         image, name = self.item(index), f"X[{index}]"
         if isinstance(image, Image.Image):
             try:
-                pixels = _upright(image, max_side)
+                pixels = upright(image, kept_size(*image.size, max_side))
             # decoders raise almost anything for a file that is not a whole image
             except Exception as error:
                 raise DataError(f"{name} cannot be read: {reason(error)}; mend it or leave it out") from None
         else:
             pixels = _bytes(image, name)
             if min(pixels.shape[:2]) > max_side:
-                pixels = _upright(Image.fromarray(pixels), max_side)
+                whole = Image.fromarray(pixels)
+                pixels = upright(whole, kept_size(*whole.size, max_side))
         if pixels.ndim == 2:
             pixels = np.repeat(pixels[..., None], 3, axis=2)
         # other strides could be resized by another kernel, which rounds in another way
@@ -218,18 +217,6 @@ class _Kept:
 
     def __len__(self) -> int:
         return len(self.labels)
-
-
-def _upright(image: Image.Image, max_side: int) -> np.ndarray:
-    """Return a picture as (height, width, 3), uint8, by the very steps of `decode_image`."""
-    size = kept_size(*image.size, max_side)
-    turned = image.getexif().get(_ORIENTATION, 1)
-    plain = rgb(image)
-    if plain.size != size:
-        plain = plain.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
-    plain.info.clear()
-    plain.getexif()[_ORIENTATION] = turned
-    return np.asarray(ImageOps.exif_transpose(plain))
 
 
 def _bytes(image: Any, name: str) -> np.ndarray:
