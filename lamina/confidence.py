@@ -11,7 +11,7 @@ say how new an image looks; each is read on a scale on which 0 is a typical held
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lamina.config import Settings
-from lamina.errors import ShapeError
-from lamina.lookback import Reduce, Watcher
+from lamina.heads.moments import ClassStatistics, shrunk
 
 #: names of the scores, the one that is shown first
 SCORES = ("mahalanobis", "energy")
@@ -37,75 +36,12 @@ FEW = 20
 _QUANTILES = 101
 
 
-class ClassStatistics(Watcher):
-    """Sums, counts and one second moment of the features of all classes met so far.
-
-    Everything is a sum over images in float64, so neither the split into batches nor the order of tasks
-    matters.
-
-    Args:
-        features: F.
-
-    Attributes:
-        sums: (C, F). counts: (C,). moment: (F, F), of features of all classes together.
-    """
-
-    looks_at = "features"
-
-    def __init__(self, features: int) -> None:
-        self.sums = torch.zeros(0, features, dtype=torch.float64)
-        self.counts = torch.zeros(0, dtype=torch.float64)
-        self.moment = torch.zeros(features, features, dtype=torch.float64)
-        self.begin_look()
-
-    def grow(self, classes: int) -> None:
-        """Make room for `classes` classes in all; called before the look back that brings the new ones."""
-        new = classes - len(self.counts)
-        self.sums, self.counts = F.pad(self.sums, (0, 0, 0, new)), F.pad(self.counts, (0, new))
-        self.begin_look()
-
-    def begin_look(self) -> None:
-        self._draft = [torch.zeros_like(self.sums), torch.zeros_like(self.counts), torch.zeros_like(self.moment)]
-
-    def collect(self, features: Tensor, columns: Tensor) -> None:
-        sums, counts, moment = self._draft
-        rows, columns = features.double().to(sums.device), columns.to(sums.device)
-        sums.index_add_(0, columns, rows)
-        counts.index_add_(0, columns, torch.ones_like(columns, dtype=counts.dtype))
-        moment.addmm_(rows.mT, rows)
-
-    def end_look(self, reduce: Reduce) -> None:
-        sums, counts, moment = (reduce(part) for part in self._draft)
-        self.sums, self.counts = self.sums + sums, self.counts + counts
-        self.moment = self.moment + (moment + moment.mT) / 2  # exactly symmetric, so that half of it can be stored
-        self.begin_look()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"sums": self.sums, "counts": self.counts, "moment": self.moment}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        features = len(self.moment)
-        shapes = {"sums": (len(state["counts"]), features), "counts": (len(state["counts"]),)}
-        for name, shape in {**shapes, "moment": (features, features)}.items():
-            if state[name].shape != shape:
-                raise ShapeError(f"{name} of the classes must have shape {shape}; got {tuple(state[name].shape)}")
-        self.sums, self.counts, self.moment = (state[name].double() for name in ("sums", "counts", "moment"))
-        self.begin_look()
-
-    def spread(self) -> float:
-        """Return the root of the mean squared distance of features from their mean."""
-        count = self.counts.sum().clamp_min(1)
-        centre = self.sums.sum(0) / count
-        return float((self.moment.trace() / count - centre @ centre).clamp_min(0).sqrt())
-
-    def gaussians(self) -> Gaussians:
-        """Return a Gaussian per class, with one covariance for all (D. Chen et al.'s shrinkage, OAS)."""
-        means = self.sums / self.counts.clamp_min(1)[:, None]
-        scatter = self.moment - self.sums.mT @ means
-        freedom = max(float(self.counts.sum()) - len(means), 1.0)
-        covariance = shrunk(scatter / freedom, freedom)
-        covariance.diagonal().add_(1e-12 * self.moment.trace() / freedom)  # rounding of sums, where images are alike
-        return Gaussians(means.float(), torch.linalg.cholesky(covariance))
+def gaussians(statistics: ClassStatistics) -> Gaussians:
+    """Return a Gaussian per class, with one covariance for all, shrunk where images are few."""
+    covariance, freedom = statistics.covariance()
+    covariance = shrunk(covariance, freedom)
+    covariance.diagonal().add_(1e-12 * statistics.moment.trace() / freedom)  # rounding of sums, where images are alike
+    return Gaussians(statistics.means().float(), torch.linalg.cholesky(covariance))
 
 
 class Gaussians:
@@ -134,26 +70,6 @@ class Gaussians:
         # Expanded squares: the difference (B, C, F) would be large. Tiny negatives are rounding.
         squared = white.square().sum(1, keepdim=True) - 2 * white @ centres.mT + centres.square().sum(1)
         return squared.min(dim=1).values.clamp_min(0).sqrt()
-
-
-def shrunk(covariance: Tensor, count: float) -> Tensor:
-    """Return a covariance (F, F), pulled towards a multiple of the identity as far as few images demand.
-
-    Args:
-        covariance: (F, F), float64, measured.
-        count: n, how many independent images it rests on.
-
-    References:
-        Chen et al., Shrinkage Algorithms for MMSE Covariance Estimation, IEEE TSP 2010, equation 23 (OAS).
-    """
-    size = len(covariance)
-    squares, square = covariance.square().sum(), covariance.trace().square()
-    above = (1 - 2 / size) * squares + square
-    below = (count + 1 - 2 / size) * (squares - square / size)
-    share = 1.0 if below <= 0 else min(1.0, float(above / below))
-    level = (covariance.trace() / size).clamp_min(1e-12)  # images that are all alike have no spread at all
-    share = max(share, 1e-6)
-    return (1 - share) * covariance + share * level * torch.eye(size, dtype=covariance.dtype, device=covariance.device)
 
 
 class Known(Settings):

@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
 from lamina.audit import Lesson, now
 from lamina.backbones.load import load_backbone
-from lamina.confidence import ClassStatistics, Confidence, Sureness, learn_confidence, sureness
+from lamina.confidence import Confidence, Sureness, gaussians, learn_confidence, sureness
 from lamina.config import read_toml
 from lamina.data.material import GONE, Material
 from lamina.data.stream import Stream, Task
 from lamina.data.transforms import InputSpec, Transform, transform
 from lamina.drift import lesson_drift
 from lamina.errors import ConfigError, DataError, LaminaError, ModelFileError
+from lamina.heads.moments import ClassStatistics
 from lamina.learner import Learner
 from lamina.model import Batch, PromptedModel
 from lamina.modelfile import ModelFile
@@ -93,13 +92,13 @@ class ContinualModel:
         self.confidence = Confidence()
         try:
             with torch.device("meta"):  # takes no memory, whatever the settings ask for
-                at_once = self._built().at_once
+                at_once = self._fresh()[0].at_once
         except RuntimeError as error:
             raise ConfigError(f"{method} cannot be made with these settings: {str(error).splitlines()[0]}") from None
         if at_once:
             raise ConfigError(f"{method} learns all classes at once, so it cannot take lessons; choose another one")
         if not _empty:
-            self._use(self._built(), ClassStatistics(self.backbone.tower.features))
+            self._use(*self._fresh())
 
     @classmethod
     def load(
@@ -149,7 +148,7 @@ class ContinualModel:
             raise ConfigError(f"{wrong}: a setting was changed that must stay as it is")
         if wrong:
             raise ModelFileError(wrong)
-        learner, statistics = out._built(), ClassStatistics(out.backbone.tower.features)
+        learner, statistics = out._fresh()
         try:
             with torch.random.fork_rng(devices=[]):
                 out._trainer(learner, statistics).adopt(out._past, file.learned, file.memory)
@@ -161,7 +160,7 @@ class ContinualModel:
     def _misfit(self, file: ModelFile) -> str | None:
         """Compare shapes with those of a model that takes no memory, lest a hostile file ask for too much."""
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            learner = self._built()
+            learner, _ = self._fresh()
             for task in self._past:
                 learner.model.begin_task(task)
             wanted = {name: tuple(value.shape) for name, value in learner.model.learned().items()}
@@ -264,7 +263,7 @@ class ContinualModel:
             "model file": base,
         }
         with torch.random.fork_rng(devices=[]):
-            learner, statistics = self._built(), ClassStatistics(self.backbone.tower.features)
+            learner, statistics = self._fresh()
             trainer = self._trainer(
                 learner,
                 statistics,
@@ -338,16 +337,15 @@ class ContinualModel:
                 logits,
                 features,
                 labels,
-                statistics.gaussians(),
+                gaussians(statistics),
             )
         drift = None
         if self.lessons:
             sample = task.test if len(task.test) else task.train
-            few = np.unique(np.linspace(0, len(sample) - 1, _DRIFT_IMAGES).astype(np.int64))
             drift = lesson_drift(
                 self.model,
                 model,
-                feed.plain(replace(sample, indices=sample.indices[few], columns=sample.columns[few])),
+                feed.plain(sample.some(_DRIFT_IMAGES)),
                 trainer.learner.protections,
                 [protection.state_dict() for protection in self.learner.protections],
                 self.statistics.spread(),
@@ -372,14 +370,16 @@ class ContinualModel:
 
     # ── parts ──────────────────────────────────────────────────────────────────────────────────────
 
-    def _built(self) -> Learner:
+    def _fresh(self) -> tuple[Learner, ClassStatistics]:
+        """Build the method, and what gathers class statistics: its head if that does so anyway, or an observer."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_at(self.seed, "build"))
-            return self.settings.build(self.backbone.tower)
+            learner = self.settings.build(self.backbone.tower)
+        return learner, learner.model.head.statistics or ClassStatistics(learner.model.width)
 
     def _use(self, learner: Learner, statistics: ClassStatistics) -> None:
         self.learner, self.statistics = learner, statistics
-        self._gaussians = statistics.gaussians()
+        self._gaussians = gaussians(statistics)
 
     def _trainer(self, learner: Learner, statistics: ClassStatistics, **arguments: Any) -> Trainer:
         feed = Feed(
@@ -389,7 +389,8 @@ class ContinualModel:
             seed=self.seed,
             features=self.backbone.tower if learner.cache == "features" else None,
         )
-        return Trainer(learner, feed, self.fabric, seed=self.seed, observers=[statistics], **arguments)
+        observers = [] if statistics is learner.model.head.statistics else [statistics]
+        return Trainer(learner, feed, self.fabric, seed=self.seed, observers=observers, **arguments)
 
     @property
     def _past(self) -> list[Task]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -26,6 +28,10 @@ class Phase:
         classes: which columns compete in the loss: the task's own, or all met so far.
         temperature: divides the logits in the loss.
         schedule: factor of the learning rate as a function of progress in [0, 1).
+        repeat: how many times one epoch goes through the images, shuffled together.
+        draws: 0 takes the task's images; otherwise features that the head draws take their place, so many of
+            each class met so far in an epoch.
+        parameters: what is trained; None takes all that ask for a gradient.
     """
 
     epochs: int
@@ -34,6 +40,13 @@ class Phase:
     classes: Literal["task", "seen"] = "task"
     temperature: float = 1.0
     schedule: Schedule = constant
+    repeat: int = 1
+    draws: int = 0
+    parameters: Callable[[PromptedModel], Sequence[nn.Parameter]] | None = None
+
+
+def _nothing(task: Task) -> Sequence[Phase]:
+    return []
 
 
 @dataclass
@@ -42,6 +55,7 @@ class Learner:
 
     Attributes:
         phases: the plan of each task; an empty plan learns from the look back alone.
+        refine: the plan for after the look back.
         cache: "features" when all that is learned is a function of the frozen features, which are then
             computed once per image; training images come without augmentation.
         at_once: learn all tasks as one: an upper bound, not continual learning.
@@ -50,5 +64,22 @@ class Learner:
     model: PromptedModel
     phases: Callable[[Task], Sequence[Phase]]
     protections: Sequence[Protection] = ()
+    refine: Callable[[Task], Sequence[Phase]] = _nothing
     cache: Literal["off", "features"] = "off"
     at_once: bool = False
+
+
+def refinement(epochs: int = 50, draws: int = 256) -> Phase:
+    """Return the phase that balances a `RefinedHead` over all classes met so far.
+
+    References:
+        Lu et al., NeurIPS 2024, appendix: the head refinement of the CLIP variant, whose numbers these are.
+    """
+    return Phase(
+        epochs=epochs,
+        batch_size=256,
+        optimizer=partial(torch.optim.SGD, lr=1e-3, momentum=0.9, nesterov=True, weight_decay=1e-4),
+        classes="seen",
+        draws=draws,
+        parameters=lambda model: list(model.head.parameters()),
+    )

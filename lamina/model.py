@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lamina.backbones.tower import Encoded, PromptPass, Tap, Tower
 from lamina.data.stream import Task
+from lamina.errors import ConfigError
 from lamina.heads.base import Head
 from lamina.prompts.base import PromptModule
 
@@ -48,11 +49,24 @@ class Output(NamedTuple):
 
 
 class PromptedModel(nn.Module):
-    """A frozen tower, its prompts and a head. The only module that DDP ever wraps."""
+    """A frozen tower, its prompts and a head. The only module that DDP ever wraps.
 
-    def __init__(self, tower: Tower, prompts: PromptModule | None, head: Head) -> None:
+    Args:
+        layers: from how many of the last blocks features are read, side by side.
+
+    Raises:
+        ConfigError: when the tower has fewer blocks.
+
+    Attributes:
+        width: F of what the head reads.
+    """
+
+    def __init__(self, tower: Tower, prompts: PromptModule | None, head: Head, *, layers: int = 1) -> None:
         super().__init__()
-        self.tower, self.prompts, self.head = tower, prompts, head
+        if layers > tower.depth:
+            raise ConfigError(f"features can be read after each of {tower.depth} blocks; got layers={layers}")
+        self.tower, self.prompts, self.head, self.layers = tower, prompts, head, layers
+        self.width = layers * tower.features
 
     def begin_task(self, task: Task) -> None:
         """Let prompts and head grow for a task; called once per task, in order."""
@@ -71,13 +85,13 @@ class PromptedModel(nn.Module):
         if batch.images is None:
             raise ValueError("a batch without images cannot be encoded; it holds cached features")
         if self.prompts is None:
-            return self.tower(batch.images, tap=tap), None
+            return self.tower(batch.images, tap=tap, layers=self.layers), None
         query = batch.query
         if query is None and self.prompts.query == "frozen":
             with torch.no_grad():
                 query = self.tower(batch.images).features
         started = self.prompts.start(query, task)
-        return self.tower(batch.images, started, tap), started
+        return self.tower(batch.images, started, tap, layers=self.layers), started
 
     def features(
         self, batch: Batch, *, task: int | None = None, tap: Tap | None = None

@@ -13,8 +13,10 @@ METHODS: dict[str, str] = {
     "joint": "lamina.methods.joint:Joint",
     "linear-probe": "lamina.methods.linear_probe:LinearProbe",
     "nearest-mean": "lamina.methods.nearest_mean:NearestMean",
+    "ranpac": "lamina.methods.ranpac:RanPAC",
     "vpt-deep": "lamina.methods.vpt_deep:VPTDeep",
     "vpt-nsp2": "lamina.methods.vpt_nsp2:VPTNSP2",
+    "vpt-nsp2-exact": "lamina.methods.vpt_nsp2_exact:VPTNSP2Exact",
 }
 
 

@@ -49,6 +49,7 @@ class RunSettings(Settings):
     checkpoint_every: int = Field(100, ge=0, description="steps between checkpoints; 0 saves between tasks only")
     workers: int = Field(0, ge=0, description="processes that load training images")
     eval_batch: int = Field(100, ge=1, description="images in one batch where nothing is trained")
+    measure_drift: bool = Field(False, description="measure how far features of old test images move")
     settings: dict[str, Any] = Field(
         default_factory=dict, description="of the method; what is not given keeps its default"
     )
@@ -209,6 +210,7 @@ def _run(
     from lamina.training import checkpoint
     from lamina.training.feed import Feed
     from lamina.training.launch import tower_dtype
+    from lamina.training.meter import DriftMeter
     from lamina.training.stopping import stop_signals
     from lamina.training.trainer import Trainer
 
@@ -230,6 +232,8 @@ def _run(
         features=backbone.tower if learner.cache == "features" else None,
     )
     asked = {name: value for name, value in run.model_dump().items() if name not in _FREE}
+    if not run.measure_drift:  # a checkpoint from before there was a meter is one of a run that measures none
+        del asked["measure_drift"]
     identity = {
         **asked,
         "settings": method.model_dump(),
@@ -246,6 +250,7 @@ def _run(
         checkpoint_every=run.checkpoint_every,
         identity=identity,
         progress=progress() if progress is not None and fabric.is_global_zero else None,
+        meter=DriftMeter(stream) if run.measure_drift and not learner.at_once else None,
     )
     trainer.restore(stream)
     if fabric.is_global_zero and not (folder / SETTINGS).exists():  # not before all that was asked for was found
@@ -293,6 +298,7 @@ def _run(
         commit=commit(),
         finished=True,
         command=command,
+        drift=trainer.meter.drift if trainer.meter is not None else [],
     )
     if fabric.is_global_zero:
         checkpoint.save_learned(folder, learner.model.learned())

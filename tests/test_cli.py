@@ -1,6 +1,7 @@
 """The command: one line on stderr and exit code 2 for what a user can mend, and nothing lost."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -261,7 +262,7 @@ def test_a_run_writes_all_documented_fields_and_json_prints_the_same(finished):
     results = json.loads((folder / "results.json").read_text())
     assert json.loads(out) == results
     documented = Record.__doc__.partition("Attributes:")[2].partition("Raises:")[0]
-    assert len(results) == 23 and all(name in documented for name in results)
+    assert len(results) == 24 and all(name in documented for name in results)
     assert results["command"] == "lamina run nearest-mean " + " ".join(SMALL) + " --out done --json"
     assert (results["method"], results["stream"], results["seed"], results["order_seed"]) == (
         "nearest-mean", "digits", 0, 1993,
@@ -313,6 +314,31 @@ def test_changed_settings_are_not_resumed(finished, command):
     before = contents(folder)
     assert command("resume", folder) == (2, "", ["lamina: done/state.pt was made with seed = 0; this run has 4"])
     assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["vpt-deep", "--set", "epochs=1", "--set", "lr=0.5", "--no-recipe", "--tasks", "2"], r"[1-9]\d*\.\d"),
+        (["nearest-mean"], r"0\.0"),
+    ],
+)
+def test_drift_is_measured_and_said_where_it_is_asked_for(command, words, said):
+    code, out, errors = command("run", *words, *SMALL, "--out", "new", "--measure-drift")
+    *_, line, place = out.splitlines()
+    assert (code, place) == (0, "written to new")
+    assert re.fullmatch(
+        rf"old features moved by {said} % of their spread \(mean over old tasks, after the last task\)", line
+    )
+    record = Record.read(Path("new/results.json"))
+    assert line.split()[4] == f"{100 * sum(each[-1] for each in record.drift[-1][:-1]) / (record.tasks - 1):.1f}"
+    assert command("resume", "new")[1].splitlines()[-2] == line
+    assert ("Drift of old features" in (command("report", "new"), Path("new/report.html").read_text())[1]) is True
+
+
+def test_drift_that_nobody_asked_for_is_not_measured(finished):
+    folder, out = finished
+    assert json.loads(out)["drift"] == [] and "measure_drift" not in json.loads(out)["seconds"]
 
 
 def test_a_report_is_one_page_about_all_runs_it_is_given(finished, command):

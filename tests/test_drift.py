@@ -38,7 +38,7 @@ def moved(before, after, batches):
 @pytest.mark.parametrize("eta", [0.0, 0.97])
 @torch.no_grad()
 def test_the_estimate_is_close_to_what_old_images_kept_back_really_moved(tiny_vit, eta):
-    settings = VPTNSP2(length=5, epochs=4, batch_size=9, lr=0.02, temperature=1.0, eta=eta)
+    settings = VPTNSP2(length=5, epochs=4, batch_size=9, lr=0.02, temperature=1.0, eta1=eta, eta2=eta)
     with torch.enable_grad():
         before, trainer, memory, stream = lesson(tiny_vit, settings)
     after, feed = trainer.learner.model, trainer.feed

@@ -70,6 +70,6 @@ def test_the_papers_settings_are_pinned(name, temperature, eta):
     """Lu et al., table of hyper-parameters: M = 4, Adam, lr 0.01, 100 passes, batch 256 for all four."""
     run, _ = plan(str(RECIPES / "vpt-nsp2" / f"{name}.toml"))
     settings = method_class(run.method)(**run.settings)
-    assert (settings.temperature, settings.eta, settings.length) == (temperature, eta, 4)
+    assert (settings.temperature, settings.eta1, settings.eta2, settings.length) == (temperature, eta, eta, 4)
     assert (settings.lr, settings.epochs, settings.batch_size, settings.weight_decay) == (0.01, 100, 256, 5e-5)
     assert run.backbone == "timm:vit_base_patch16_224.augreg_in21k"

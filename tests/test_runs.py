@@ -4,6 +4,7 @@ import json
 import signal
 
 import pytest
+import torch
 
 import lamina.runs
 from lamina.config import write_toml
@@ -158,6 +159,39 @@ def test_settings_that_a_crash_cut_short_are_our_error(tmp_path):
 @pytest.fixture
 def small():
     return plan("nearest-mean", "digits", overrides={"stream": {"per_class": 2, "test_per_class": 1}})[0]
+
+
+@pytest.fixture
+def moving():
+    """Prompts over two tasks in float32, with drift measured."""
+    small = {"stream": {"per_class": 2, "test_per_class": 3, "tasks": 2}, "precision": "32", "accelerator": "cpu"}
+    return plan("vpt-deep", "digits", recipe=False, overrides={**small, "epochs": 1, "measure_drift": True})[0]
+
+
+def test_drift_is_part_of_the_record_where_it_was_asked_for(moving, tmp_path):
+    record = execute(moving, tmp_path / "run")
+    depth = len(record.drift[0][0])
+    assert depth > 1 and [len(row) for row in record.drift] == [1, 2]
+    assert record.drift[0] == [[0.0] * depth] and record.drift[1][1] == [0.0] * depth
+    assert min(record.drift[1][0][1:]) > 0
+    assert [value > 0 for value in record.seconds["measure_drift"]] == [True, True]
+
+
+def test_what_was_learned_at_once_has_no_drift_and_needs_no_spread(tmp_path):
+    small = {"stream": {"per_class": 2, "test_per_class": 1, "tasks": [1, 9]}, "epochs": 1, "measure_drift": True}
+    record = execute(plan("joint", "digits", recipe=False, overrides=small)[0], tmp_path / "run")
+    assert record.drift == [] and record.at_once and "measure_drift" not in record.seconds
+
+
+def test_a_run_is_resumed_with_the_meter_it_was_begun_with(moving, tmp_path):
+    """A checkpoint of a run that measures nothing looks like one from before there was a meter."""
+    for measured, says in ((True, "True; this run has None"), (False, "None; this run has True")):
+        folder = tmp_path / says[:4]
+        execute(moving.model_copy(update={"measure_drift": measured}), folder)
+        assert ("measure_drift" in torch.load(folder / "state.pt", weights_only=True)["identity"]) == measured
+        with pytest.raises(ResumeError) as error:
+            execute(moving.model_copy(update={"measure_drift": not measured}), folder, resume=True)
+        assert str(error.value) == f"{folder / 'state.pt'} was made with measure_drift = {says}"
 
 
 def test_a_run_leaves_signals_as_it_found_them(small, tmp_path):

@@ -33,6 +33,10 @@ class _TimmBlock:
             return None
         return self.attention.qkv.weight.chunk(3)[1]
 
+    @property
+    def first_norm(self) -> nn.LayerNorm | None:
+        return self.block.norm1 if isinstance(self.block.norm1, nn.LayerNorm) else None
+
     def norm(self, x: Tensor) -> Tensor:
         return _norm(self.block.norm1, x)
 

@@ -75,7 +75,7 @@ class Encoded:
     """What comes out of a tower.
 
     Attributes:
-        features: (B, F), float32.
+        features: (B, F), float32; float64 if the tower computes in it.
         tokens: (B, N, D) after the last block, or None when only the features were asked for.
         prompts: (B, M, D). What became of the prompt slots, after the final norm; None without slots.
     """
@@ -112,13 +112,16 @@ class PromptPass:
 class BlockView(Protocol):
     """The few questions that the engine asks of a frozen block; one small class per family answers.
 
-    Sequences are (B, n, D) for any n; queries, keys and values are (B, H, n, d).
+    Sequences are (B, n, D) for any n; queries, keys and values are (B, H, n, d). `first_norm` is what `norm`
+    applies, None where that is no layer norm.
     """
 
     @property
     def heads(self) -> int: ...
     @property
     def key_weight(self) -> Tensor | None: ...
+    @property
+    def first_norm(self) -> nn.LayerNorm | None: ...
     def norm(self, x: Tensor) -> Tensor: ...
     def project(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
     def queries(self, h: Tensor) -> Tensor: ...
@@ -181,6 +184,7 @@ class Tower(nn.Module):
         tap: Tap | None = None,
         *,
         all_rows: bool = False,
+        layers: int = 1,
     ) -> Encoded:
         """Encode a batch; without prompts this is the vendor's frozen model, up to rounding.
 
@@ -190,9 +194,12 @@ class Tower(nn.Module):
             tap: called with a `Probe` of every block.
             all_rows: also return the final tokens. Otherwise, where the features read only a few rows
                 and no prompt slots travel along, the last block computes those rows alone.
+            layers: read features after each of so many last blocks, as after the last one; they come side by
+                side, the last block's at the end: F is then `layers` times the tower's.
         """
         x, mask = self.embed(inputs)
         frozen, carried = x, None
+        read: list[Tensor] = []
         for layer, block in enumerate(self.blocks()):
             splice = (prompts.at(layer, frozen, carried) if prompts is not None else None) or Splice()
             tokens = splice.tokens if splice.tokens is not None else carried
@@ -200,8 +207,12 @@ class Tower(nn.Module):
             x = self._join(frozen, tokens)
             x = _block(block, x, splice, mask, tap, layer, frozen, rows=self.readout if last else None)
             frozen, carried = self._split(x, tokens)
+            if layer >= self.depth - layers:
+                read.append(self.pool(frozen if self.readout is None else frozen[:, self.readout]))
         tail = self.final_norm(carried) if carried is not None and self.slots is None else None
-        return Encoded(self.pool(frozen).float(), frozen if all_rows else None, tail)
+        features = torch.cat(read, dim=-1)
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
+        return Encoded(features, frozen if all_rows else None, tail)
 
     def _join(self, frozen: Tensor, tokens: Tensor | None) -> Tensor:
         if tokens is None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from lamina.cli.shared import Data, Json, Set, app, note, print_table, progress_of, stoppable, typed
+from lamina.cli.told import percent
 
 
 @app.command()
@@ -27,6 +28,9 @@ def run(
     skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out images that cannot be read.")] = False,
     devices: Annotated[int | None, typer.Option(help="Processes, each with a device of its own.")] = None,
     precision: Annotated[str | None, typer.Option(help="Of the frozen model: auto, bf16 or 32.")] = None,
+    measure_drift: Annotated[
+        bool, typer.Option("--measure-drift", help="Measure how far features of old test images move.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run a method over a stream of tasks and measure what it remembers."""
@@ -37,6 +41,7 @@ def run(
     pairs = [f"stream.{name}={json.dumps(value)}" for name, value in place.items() if value is not None]
     overrides = assignments([*(changes or []), *pairs])
     given = {"backbone": backbone, "seed": seed, "devices": devices, "precision": precision}
+    given["measure_drift"] = measure_drift or None
     overrides |= {name: value for name, value in given.items() if value is not None}
     settings, used = plan(method, stream, recipe=recipe, overrides=overrides)
     folder = out or _free(
@@ -115,6 +120,11 @@ def _show(records: list[Any], as_json: bool, place: Path) -> None:
     print_table(headline(records))
     for line in dict.fromkeys(protocol_line(record) for record in records):
         print(line)
+    if len(records) == 1 and records[0].old_drift:
+        print(
+            f"old features moved by {percent(records[0].old_drift[-1][-1])} of their spread "
+            "(mean over old tasks, after the last task)"
+        )
     print(f"written to {place}")
 
 

@@ -76,21 +76,36 @@ class PlainBatch(NamedTuple):
     positions: Tensor
 
 
-def steps_per_epoch(split: Split, batch_size: int) -> int:
+def steps_per_epoch(split: Split, batch_size: int, repeat: int = 1) -> int:
     """Return how many global batches an epoch has; the last one may be smaller.
 
+    Args:
+        repeat: how many times an epoch goes through the split, shuffled together.
+
     Raises:
-        ConfigError: when the batch size is below 1.
+        ConfigError: when a number is below 1.
     """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size must be at least 1; got {batch_size}")
-    return -(-len(split) // batch_size)
+    for name, number in {"batch_size": batch_size, "repeat": repeat}.items():
+        if number < 1:
+            raise ConfigError(f"{name} must be at least 1; got {number}")
+    return -(-len(split) * repeat // batch_size)
 
 
-def global_batch(split: Split, *, address: tuple[int | str, ...], batch_size: int, step: int) -> np.ndarray:
-    """Return the positions (g,), int64, of the images in a step's global batch; steps count over epochs."""
-    epoch, place = divmod(step, steps_per_epoch(split, batch_size))
-    return _order(address, epoch, len(split))[place * batch_size : (place + 1) * batch_size].copy()
+def global_batch(
+    split: Split, *, address: tuple[int | str, ...], batch_size: int, step: int, repeat: int = 1
+) -> np.ndarray:
+    """Return the positions (g,), int64, of the images in a step's global batch; steps count over epochs.
+
+    Args:
+        repeat: as in `steps_per_epoch`; an image may then come twice in a batch.
+    """
+    return _places(split, address, batch_size, step, repeat) % len(split)
+
+
+def _places(split: Split, address: tuple[int | str, ...], batch_size: int, step: int, repeat: int) -> np.ndarray:
+    """Return the places (g,) of a step's global batch among `repeat` splits in a row."""
+    epoch, place = divmod(step, steps_per_epoch(split, batch_size, repeat))
+    return _order(address, epoch, len(split) * repeat)[place * batch_size : (place + 1) * batch_size].copy()
 
 
 @lru_cache(maxsize=4)
@@ -109,6 +124,7 @@ def training_steps(
     start_step: int = 0,
     share: Share = Share(),
     workers: int = 0,
+    repeat: int = 1,
 ) -> Iterator[Step]:
     """Yield this process's part of every training step from `start_step` to the last of the last epoch.
 
@@ -119,6 +135,7 @@ def training_steps(
         batch_size: images in a global batch, over all processes.
         start_step: counted over all epochs; the steps before are not touched.
         workers: processes that prepare batches ahead; 0 prepares each when it is asked for.
+        repeat: how many times an epoch goes through the split, shuffled together and each time augmented anew.
 
     Raises:
         DataError: when the split is empty.
@@ -126,12 +143,12 @@ def training_steps(
     """
     if not len(split):
         raise DataError("there is nothing to train on: the split has no images")
-    total = epochs * steps_per_epoch(split, batch_size)
+    total = epochs * steps_per_epoch(split, batch_size, repeat)
     if start_step < 0 or workers < 0 or epochs < 0:
         raise ConfigError(
             f"start_step, workers and epochs must be at least 0; got {start_step}, {workers} and {epochs}"
         )
-    steps = _Steps(split, transform, address, batch_size, share)
+    steps = _Steps(split, transform, address, batch_size, share, repeat)
     return steps.run(range(start_step, total), workers)
 
 
@@ -174,9 +191,10 @@ class _Steps:
         address: tuple[int | str, ...],
         batch_size: int,
         share: Share,
+        repeat: int,
     ) -> None:
         self.split, self.transform, self.address, self.batch_size = split, transform, address, batch_size
-        self.share = share
+        self.share, self.repeat = share, repeat
 
     def run(self, numbers: range, workers: int) -> Iterator[Step]:
         if not workers:
@@ -194,14 +212,15 @@ class _Steps:
         )
 
     def __getitem__(self, step: int) -> Step:
-        batch = global_batch(self.split, address=self.address, batch_size=self.batch_size, step=step)
+        batch = _places(self.split, self.address, self.batch_size, step, self.repeat)
         mine, weight = self.share.of(batch)
-        epoch = step // steps_per_epoch(self.split, self.batch_size)
+        epoch = step // steps_per_epoch(self.split, self.batch_size, self.repeat)
         seen = self._augmented(mine, epoch)
-        return Step(self.transform.normalised(seen), _columns(self.split, mine), len(batch), weight)
+        return Step(self.transform.normalised(seen), _columns(self.split, mine % len(self.split)), len(batch), weight)
 
-    def _augmented(self, positions: np.ndarray, epoch: int) -> Tensor:
+    def _augmented(self, places: np.ndarray, epoch: int) -> Tensor:
         """Return uint8 (b, 3, size, size)."""
+        times, positions = np.divmod(places, len(self.split))
         pixels = _pixels(self.split, positions)
         if not self.transform.random and isinstance(pixels, Tensor):
             return self.transform(pixels)
@@ -211,8 +230,9 @@ class _Steps:
         try:
             for place, image in enumerate(pixels):
                 index = int(self.split.indices[positions[place]])
+                again = [int(times[place])] if times[place] else []  # the first time has the address of old
                 # the CPU's generator alone: torch.manual_seed would also reset those of the GPUs
-                torch.default_generator.manual_seed(seed_at(*self.address, "augment", epoch, index))
+                torch.default_generator.manual_seed(seed_at(*self.address, "augment", epoch, index, *again))
                 out[place] = self.transform(image)
         finally:
             torch.set_rng_state(before)

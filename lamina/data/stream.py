@@ -47,6 +47,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def some(self, count: int) -> Split:
+        """Return at most `count` of the images, spread evenly over the order."""
+        few = np.unique(np.linspace(0, len(self) - 1, count).astype(np.int64)) if len(self) > count else slice(None)
+        return replace(self, indices=self.indices[few], columns=self.columns[few])
+
 
 @dataclass(frozen=True)
 class Task:

@@ -28,6 +28,9 @@ class StreamSettings(Settings):
         description="how many tasks, as equal as can be, larger ones first; or the number of classes of each",
     )
     order_seed: int = Field(default=1993, ge=0, lt=2**32, description="of the order in which classes arrive")
+    order: Literal["legacy", "pcg64"] | None = Field(
+        default=None, description="generator that shuffles the classes; None is legacy, pcg64 that of VPT-NSP²'s code"
+    )
     classes: Literal["all", "odd", "even"] | None = Field(
         default=None, description="keep all labels, or only odd or even label numbers of the data set"
     )
@@ -139,8 +142,9 @@ def resolved(settings: StreamSettings) -> StreamSettings:
 def build_stream(settings: StreamSettings, data: Path | None = None, *, max_side: int = 256) -> Stream:
     """Build a stream: choose classes and images, put the classes in order, decode what is needed.
 
-    Classes arrive in the order `numpy.random.RandomState(order_seed).permutation(number of classes)`; the
-    k-th of them has column k. A split lists its images in the order of the source.
+    Classes arrive in the order `numpy.random.RandomState(order_seed).permutation(number of classes)`, or, with
+    order "pcg64", as `numpy.random.Generator(PCG64(order_seed)).shuffle` leaves them; the k-th of them has
+    column k. A split lists its images in the order of the source.
 
     Args:
         data: the folder that data sets lie in; None means LAMINA_DATA, or lamina's cache folder.
@@ -156,7 +160,7 @@ def build_stream(settings: StreamSettings, data: Path | None = None, *, max_side
     source = row.source(path, sources.data_root(data), max_side)
     labels = _kept_labels(len(source.classes), settings.classes)
     sizes = _task_sizes(settings, len(labels))
-    order = labels[np.random.RandomState(settings.order_seed).permutation(len(labels))]
+    order = _shuffled(labels, settings)
     classes = {int(label): source.classes[label] for label in labels}
     _refuse_empty(settings.name, "training", classes, source.train.labels)
     _refuse_empty(settings.name, "test", classes, source.test.labels)
@@ -195,6 +199,14 @@ def build_stream(settings: StreamSettings, data: Path | None = None, *, max_side
 def _kept_labels(count: int, classes: str | None) -> np.ndarray:
     start, step = {"all": (0, 1), "even": (0, 2), "odd": (1, 2)}[classes or "all"]
     return np.arange(start, count, step)
+
+
+def _shuffled(labels: np.ndarray, settings: StreamSettings) -> np.ndarray:
+    if settings.order != "pcg64":
+        return labels[np.random.RandomState(settings.order_seed).permutation(len(labels))]
+    order = labels.copy()
+    np.random.Generator(np.random.PCG64(settings.order_seed)).shuffle(order)
+    return order
 
 
 def _task_sizes(settings: StreamSettings, count: int) -> list[int]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from lamina.heads.moments import ClassStatistics
 from lamina.lookback import Watcher
 
 
@@ -19,7 +20,15 @@ class Scores:
 
 
 class Head(nn.Module, Watcher):  # in this order: what is remembered is the module's own state_dict
-    """Features (B, F) to scores over every class met so far, in order of arrival."""
+    """Features (B, F) to scores over every class met so far, in order of arrival.
+
+    Attributes:
+        statistics: what it keeps of the features of all classes, for others to use; None if it does not.
+    """
+
+    @property
+    def statistics(self) -> ClassStatistics | None:
+        return None
 
     def begin_task(self, index: int, classes: Sequence[str], columns: Sequence[int]) -> None:
         """Add a column for each new class and freeze what must not move any more.
@@ -33,4 +42,13 @@ class Head(nn.Module, Watcher):  # in this order: what is remembered is the modu
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Scores:
         """Score features (B, F); `labels` (B,) are given in training only."""
+        raise NotImplementedError
+
+    def draws(self, per_class: int, *address: int | str) -> tuple[Tensor, Tensor]:
+        """Return features (n, F) that stand for images of the classes met so far, and their columns (n,).
+
+        Args:
+            per_class: how many of each class.
+            address: of the random numbers, see `lamina.seeds`.
+        """
         raise NotImplementedError

@@ -1,4 +1,8 @@
-"""Heads made of class statistics, without an optimizer."""
+"""Heads in closed form from class statistics, without an optimizer: they do not forget.
+
+What they keep is a sum over images, so it is the same for every order of tasks. It stays true as long
+as the features of old images stay where they were.
+"""
 
 from __future__ import annotations
 
@@ -9,47 +13,160 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lamina.heads.base import Head, Scores
+from lamina.heads.moments import ClassStatistics, shrunk
 from lamina.lookback import Reduce
 
+#: ridges that `ridge` tries, as shares of the largest eigenvalue
+_RIDGES = torch.logspace(-12, 3, 31, dtype=torch.float64)
 
-class NearestMean(Head):
+
+class _ClosedForm(Head):
+    """A head that keeps class statistics, and is remade from them when they change.
+
+    Args:
+        features: F.
+        width: features after a fixed random projection with a ReLU; 0 leaves them as they are.
+        trained: the head that gives the scores in training, where prompts learn from a gradient.
+    """
+
+    looks_at = "features"
+    needs_moment = True
+    projection: Tensor | None
+
+    def __init__(self, features: int, *, width: int = 0, trained: Head | None = None) -> None:
+        super().__init__()
+        self.trained = trained
+        self.register_buffer("projection", torch.randn(features, width) if width else None)
+        self.seen = ClassStatistics(width or features, moment=self.needs_moment)
+        self._made: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @property
+    def statistics(self) -> ClassStatistics | None:
+        return self.seen if self.projection is None and self.needs_moment else None
+
+    def begin_task(self, index: int, classes: Sequence[str], columns: Sequence[int]) -> None:
+        self.seen.grow(max(columns) + 1)
+        self._made = None
+        if self.trained is not None:
+            self.trained.begin_task(index, classes, columns)
+
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> Scores:
+        if labels is not None and self.trained is not None:
+            return self.trained(features, labels)
+        if self._made is None or self._made[0].device != features.device:
+            centre, weight, bias = self.solve()
+            self._made = tuple(part.to(features.device, torch.float32) for part in (centre, weight, bias))
+        centre, weight, bias = self._made
+        return Scores((self._lifted(features) - centre) @ weight + bias)
+
+    def solve(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what makes scores of features x, all float64: centre (F,), weight (F, C) and bias (C,).
+
+        The score is `(x - centre) @ weight + bias`; the centre keeps numbers small where float32 rounds.
+        """
+        raise NotImplementedError
+
+    def begin_look(self) -> None:
+        self.seen.begin_look()
+
+    def collect(self, features: Tensor, columns: Tensor) -> None:
+        self.seen.collect(self._lifted(features), columns)
+
+    def end_look(self, reduce: Reduce) -> None:
+        self.seen.end_look(reduce)
+        self._made = None
+
+    def _lifted(self, features: Tensor) -> Tensor:
+        return features if self.projection is None else F.relu(features @ self.projection)
+
+    def _load_from_state_dict(self, *arguments: object) -> None:
+        super()._load_from_state_dict(*arguments)  # type: ignore[arg-type]  # torch's own hook, passed on whole
+        self._made = None
+
+
+class NearestMean(_ClosedForm):
     """Scores a class by the cosine between an image's features and the mean of the class's features.
 
-    Features are brought to unit length before they are averaged. Sums and counts are kept, in
-    float64, so the result does not depend on the order of tasks or on the split into batches.
+    Features are brought to unit length before they are averaged.
 
     References:
         Rebuffi et al., iCaRL, CVPR 2017, section 2.1 (the classifier, on all images).
     """
 
-    looks_at = "features"
-    sums: Tensor
-    counts: Tensor
+    needs_moment = False
 
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        self.register_buffer("sums", torch.zeros(0, features, dtype=torch.float64))
-        self.register_buffer("counts", torch.zeros(0, dtype=torch.float64))
-        self.begin_look()
+    def _lifted(self, features: Tensor) -> Tensor:
+        return F.normalize(features, dim=-1)
 
-    def begin_task(self, index: int, classes: Sequence[str], columns: Sequence[int]) -> None:
-        new = max(0, max(columns) + 1 - len(self.counts))
-        self.sums, self.counts = F.pad(self.sums, (0, 0, 0, new)), F.pad(self.counts, (0, new))
+    def solve(self) -> tuple[Tensor, Tensor, Tensor]:
+        means = F.normalize(self.seen.sums, dim=-1)
+        return means.new_zeros(means.shape[1]), means.mT, means.new_zeros(len(means))
 
-    def forward(self, features: Tensor, labels: Tensor | None = None) -> Scores:
-        means = F.normalize(self.sums / self.counts.clamp_min(1)[:, None], dim=-1).to(features.dtype)
-        return Scores(F.normalize(features, dim=-1) @ means.T)
 
-    def begin_look(self) -> None:
-        self._draft = torch.zeros_like(self.sums), torch.zeros_like(self.counts)
+class Discriminant(_ClosedForm):
+    """Linear discriminant analysis: a Gaussian per class, one covariance for all, every class as likely.
 
-    def collect(self, features: Tensor, columns: Tensor) -> None:
-        sums, counts = self._draft
-        unit = F.normalize(features.double(), dim=-1)
-        sums.index_add_(0, columns, unit)
-        counts.index_add_(0, columns, torch.ones_like(columns, dtype=counts.dtype))
+    The covariance within classes is shrunk as far as few images demand (OAS). Scores are
+    log-probabilities up to a common constant.
 
-    def end_look(self, reduce: Reduce) -> None:
-        sums, counts = self._draft
-        self.sums, self.counts = self.sums + reduce(sums), self.counts + reduce(counts)
-        self.begin_look()
+    References:
+        Hastie, Tibshirani and Friedman, The Elements of Statistical Learning, section 4.3.
+    """
+
+    def solve(self) -> tuple[Tensor, Tensor, Tensor]:
+        means, counts = self.seen.means(), self.seen.counts
+        centre = self.seen.sums.sum(0) / counts.sum().clamp_min(1)
+        away = means - centre
+        weight = torch.linalg.solve(shrunk(*self.seen.covariance()), away.mT)
+        return centre, weight, -0.5 * (away * weight.mT).sum(1)
+
+
+class Ridge(_ClosedForm):
+    """Ridge regression of one-hot labels on features, as RanPAC has it.
+
+    Args:
+        ridge: what is added to the diagonal of the second moment; None takes what generalised
+            cross-validation finds best, from the same sums, so that no image is held out for it.
+
+    References:
+        McDonnell et al., RanPAC: Random Projections and Pre-trained Models for Continual Learning,
+        NeurIPS 2023, equation 6.
+        Golub, Heath and Wahba, Generalized Cross-Validation as a Method for Choosing a Good Ridge
+        Parameter, Technometrics 1979.
+    """
+
+    def __init__(
+        self, features: int, *, width: int = 0, trained: Head | None = None, ridge: float | None = None
+    ) -> None:
+        super().__init__(features, width=width, trained=trained)
+        self.ridge = ridge
+
+    def solve(self) -> tuple[Tensor, Tensor, Tensor]:
+        moment, targets = self.seen.moment, self.seen.sums.mT
+        if self.ridge is None:
+            weight = _cross_validated(moment, targets, float(self.seen.counts.sum()))
+        else:
+            identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+            root = torch.linalg.cholesky(moment + self.ridge * identity)
+            weight = torch.cholesky_solve(targets, root)
+        return moment.new_zeros(len(moment)), weight, moment.new_zeros(targets.shape[1])
+
+
+def _cross_validated(moment: Tensor, targets: Tensor, images: float) -> Tensor:
+    """Return the ridge solution (F, C) whose generalised cross-validation error is least."""
+    values, basis = torch.linalg.eigh(moment)
+    values = values.clamp_min(0)
+    turned = basis.mT @ targets
+    explained = turned.square().sum(1)
+    best, chosen = float("inf"), values[-1].clamp_min(1e-12)
+    for ridge in values[-1].clamp_min(1e-12) * _RIDGES.to(values.device):
+        shrink = 1 / (values + ridge)
+        freedom = images - (values * shrink).sum()
+        if freedom < 1e-3 * images:
+            continue  # so little ridge that the images are interpolated: both errors are rounding
+        # |Y - X W|² with XᵀX W = targets shrunk; |Y|² is the number of images, since labels are one-hot
+        residual = images - (explained * shrink * (2 - values * shrink)).sum()
+        error = float(residual / freedom.square())
+        if error < best:
+            best, chosen = error, ridge
+    return basis @ (turned / (values + chosen)[:, None])

@@ -6,7 +6,7 @@ are.
 
 Shared parts, in reading order:
     prompts              lamina.prompts.deep.DeepPrompts
-    classifier           lamina.heads.linear.LinearHead
+    classifier           lamina.heads.linear.LinearHead; others by name: lamina.heads.choose.head_of
 
 References:
     Jia et al., Visual Prompt Tuning, ECCV 2022, section 3.2.
@@ -25,8 +25,8 @@ from pydantic import Field
 from lamina.backbones.tower import Tower
 from lamina.config import Settings
 from lamina.data.stream import Task
-from lamina.heads.linear import LinearHead
-from lamina.learner import Learner, Phase
+from lamina.heads.choose import HeadName, head_of
+from lamina.learner import Learner, Phase, refinement
 from lamina.model import PromptedModel
 from lamina.prompts.deep import DeepPrompts
 from lamina.schedules import steps_down
@@ -49,14 +49,26 @@ class VPTDeep(Settings):
         5e-5, ge=0, description="of Adam; it joins the gradient, and is projected with it where steps are"
     )
     temperature: float = Field(28.0, gt=0, description="divides the logits in the loss")
+    head: HeadName = Field(
+        "linear",
+        description="classifier: a layer per task, the same by cosine, class statistics, or layers balanced on draws",
+    )
 
     def build(self, tower: Tower) -> Learner:
         """Put the method together for one frozen image tower."""
         prompts = DeepPrompts(range(tower.depth), self.length, tower.width)
-        return Learner(PromptedModel(tower, prompts, LinearHead(tower.features)), self.phases)
+        return Learner(
+            PromptedModel(tower, prompts, head_of(self.head, tower.features)), self.phases, refine=self.refine
+        )
+
+    def refine(self, task: Task) -> Sequence[Phase]:
+        """Balance the head over all classes, if it is of the kind that is balanced."""
+        return [refinement()] if self.head == "refined" else []
 
     def phases(self, task: Task) -> Sequence[Phase]:
         """Train once on each task; only its own classes compete in the loss."""
+        if self.head == "statistics" and len(task.classes) < 2:
+            return []  # there is nothing to tell apart; the head learns from the look back
         return [
             Phase(
                 epochs=self.epochs,

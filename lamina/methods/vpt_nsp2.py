@@ -5,52 +5,111 @@ task's images looked at; from then on every optimizer step of the prompts is pro
 spaces of the two. The projection takes for granted that layer normalisation goes on scaling prompts
 as it did, so a loss holds the mean and deviation of each prompt token where the last task left them.
 
+The defaults follow the paper. `parity = "official"` does as the released code does where the two differ:
+where the spectrum is cut, means of batches of 100 (`eval_batch`), heads, milestones, and passes that are
+shuffled ten at a time. Its half precision, whose loss scaling skips first steps, is not imitated.
+
 Shared parts, in reading order:
     prompts              lamina.prompts.deep.DeepPrompts
     projected steps      lamina.protections.null_space.NullSpace
     loss on moments      lamina.protections.distribution.TokenMoments
-    classifier           lamina.heads.linear.LinearHead
+    classifier           lamina.heads.linear.LinearHead; others by name: lamina.heads.choose.head_of
     plan of training     lamina.methods.vpt_deep.VPTDeep
 
 References:
-    Lu et al., Visual Prompt Tuning in Null Space for Continual Learning, NeurIPS 2024.
+    Lu et al., Visual Prompt Tuning in Null Space for Continual Learning, NeurIPS 2024; the authors'
+    repository VPTinNSforCL at 0d9c547.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lamina.backbones.tower import Tower
+from lamina.data.stream import Task
+from lamina.errors import ConfigError
+from lamina.heads.choose import head_of
 from lamina.heads.linear import LinearHead
-from lamina.learner import Learner
+from lamina.learner import Learner, Phase
 from lamina.methods.vpt_deep import VPTDeep
-from lamina.model import PromptedModel
 from lamina.prompts.deep import DeepPrompts
 from lamina.protections.distribution import TokenMoments
 from lamina.protections.null_space import NullSpace
+from lamina.protections.projector import Blend
+from lamina.protections.spectrum import Cut
+from lamina.schedules import steps_down
 
 
 class VPTNSP2(VPTDeep):
     """Settings beside those of VPT-deep; the defaults are the paper's for ten tasks of CIFAR-100."""
 
     length: int = Field(4, ge=3, description="prompt tokens in each block (M); fewer than 3 have no knee to cut at")
-    eta: float = Field(0.97, ge=0, le=1, description="0 lets every step through, 1 projects all of it")
-    knee: Literal["paper", "code"] = Field(
-        "paper",
-        description="which rule says how many directions are free: the paper's or the released code's",
-    )
+    eta1: float = Field(0.97, ge=0, le=1, description="of channels: 0 lets every step through, 1 projects all of it")
+    eta2: float = Field(0.97, ge=0, le=1, description="of tokens: 0 lets every step through, 1 projects all of it")
+    use_b1: bool = Field(True, description="project channels, so that old images see the same keys")
+    use_b2: bool = Field(True, description="project tokens, so that old images get the same values")
+    use_ln_loss: bool = Field(True, description="keep mean and deviation of prompt tokens by a loss")
     moments: float = Field(1.0, ge=0, description="weight of the loss that keeps mean and deviation of prompt tokens")
+    knee: Literal["paper", "code", "energy", "multiple"] = Field(
+        "paper",
+        description="which rule says how many directions are free: the paper's or the released code's knee, what is "
+        "beyond a share of the spectrum (kept), or a multiple of its smallest value",
+    )
+    kept: float = Field(0.99, ge=0, le=1, description="share of a spectrum that the used directions hold, for energy")
+    multiple: float = Field(10.0, ge=1, description="of the smallest value, up to which directions are free")
+    normalize: bool = Field(True, description="bring projectors to unit Frobenius norm before eta blends them")
+    gain_control: bool = Field(False, description="control: replace projectors by the gain of what they leave free")
+    ln_correction: Literal["none", "affine"] = Field(
+        "none", description="affine counts in the weight and deviations of the norm before the keys; the paper does not"
+    )
+    center: bool = Field(False, description="count in that this norm subtracts each token's mean; the paper does not")
+    parity: Literal["paper", "official"] = Field(
+        "paper", description="official does as the released code does where it differs from the paper"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _official_has_the_knee_of_the_code(cls, values: Any) -> Any:
+        return {"knee": "code", **values} if values.get("parity") == "official" else values
+
+    @model_validator(mode="after")
+    def _official_is_possible(self) -> Self:
+        if self.parity == "official" and self.knee != "code":
+            raise ConfigError(f'knee must be left out or "code" with parity="official"; got {self.knee!r}')
+        if self.parity == "official" and self.epochs % 10:
+            raise ConfigError(f'epochs must be a multiple of 10 with parity="official"; got {self.epochs}')
+        return self
 
     def build(self, tower: Tower) -> Learner:
         """Put the method together for one frozen image tower."""
-        prompts = DeepPrompts(range(tower.depth), self.length, tower.width)
-        return Learner(
-            model=PromptedModel(tower, prompts, LinearHead(tower.features)),
-            phases=self.phases,
-            protections=[
-                NullSpace(tower, prompts, eta=self.eta, knee=self.knee),
-                TokenMoments(prompts, weight=self.moments),
-            ],
+        learner, official = super().build(tower), self.parity == "official"
+        prompts = learner.model.prompts
+        assert isinstance(prompts, DeepPrompts)
+        if official:
+            learner.model.head = head_of(self.head, tower.features, partial(LinearHead, start="released"))
+        blend = Blend(normalize=self.normalize, gain_control=self.gain_control)
+        null_space = NullSpace(
+            tower,
+            prompts,
+            cut=Cut(knee="official" if official else self.knee, kept=self.kept, multiple=self.multiple),
+            channels=replace(blend, eta=self.eta1) if self.use_b1 else None,
+            tokens=replace(blend, eta=self.eta2) if self.use_b2 else None,
+            ln_correction=self.ln_correction,
+            center=self.center,
+            batch_means=official,
         )
+        learner.protections = [null_space, TokenMoments(prompts, weight=self.moments if self.use_ln_loss else 0.0)]
+        return learner
+
+    def phases(self, task: Task) -> Sequence[Phase]:
+        """Train once on each task; only its own classes compete in the loss."""
+        phases = super().phases(task)
+        if self.parity == "paper":
+            return phases
+        schedule = steps_down(at=(0.4, 0.7), by=0.1)
+        return [replace(phase, epochs=phase.epochs // 10, repeat=10, schedule=schedule) for phase in phases]

@@ -22,14 +22,17 @@ class DeepPrompts(PromptModule):
         length: M, tokens in one set; 0 leaves the tower as it is.
         width: D of the tower.
         bound: prompts start uniform in [-bound, bound].
+        normed: prompts enter after the block's first norm, so keys and values are affine in them.
 
     References:
         Jia et al., Visual Prompt Tuning, ECCV 2022, section 3.2.
     """
 
-    def __init__(self, layers: Sequence[int], length: int, width: int, *, bound: float = 1.0) -> None:
+    def __init__(
+        self, layers: Sequence[int], length: int, width: int, *, bound: float = 1.0, normed: bool = False
+    ) -> None:
         super().__init__()
-        self.layers = layers
+        self.layers, self.normed = layers, normed
         self.values = nn.ParameterDict(
             {str(i): nn.Parameter(torch.empty(length, width).uniform_(-bound, bound)) for i in layers}
         )
@@ -40,6 +43,8 @@ class DeepPrompts(PromptModule):
 
     def start(self, query: Tensor | None = None, task: int | None = None) -> PromptPass:
         def at(layer: int, tokens: Tensor, carried: Tensor | None) -> Splice | None:
-            return Splice(context=self.value(layer)) if layer in self.layers else None
+            if layer not in self.layers:
+                return None
+            return Splice(context=self.value(layer), context_normed=self.normed)
 
         return Scripted(at)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lamina.lookback import Watcher
-from lamina.model import PromptedModel
+from lamina.lookback import Reduce, Watcher
+from lamina.model import Batch, PromptedModel
 from lamina.prompts.base import PromptModule
 
 
@@ -52,7 +52,12 @@ class Protection(Watcher):
 
     For every task the loop asks it for loss terms, lets it guard the optimizer, and shows it the
     finished task once more (see `Watcher`). Each does nothing unless overridden.
+
+    Attributes:
+        measures: whether `measure` wants to be called.
     """
+
+    measures = False
 
     def terms(self, model: PromptedModel) -> dict[str, Tensor]:
         """Return weighted loss terms for this step, by name."""
@@ -61,6 +66,9 @@ class Protection(Watcher):
     def guard(self, optimizer: Optimizer) -> AbstractContextManager[Any]:
         """Constrain every step that `optimizer` takes inside this context."""
         return nullcontext()
+
+    def measure(self, model: PromptedModel, batches: Sequence[Batch], reduce: Reduce) -> None:
+        """Try things out on a few images of the finished task; called after the look back."""
 
     def room(self) -> list[Room]:
         """Return how much freedom is left for new tasks; empty where nothing is constrained."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,14 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from lamina.backbones.tower import Probe, Tower
-from lamina.errors import ShapeError, UnsupportedBackbone
+from lamina.errors import ConfigError, ShapeError, UnsupportedBackbone
 from lamina.lookback import Reduce
 from lamina.prompts.base import PromptModule
 from lamina.prompts.deep import DeepPrompts
 from lamina.protections.base import Felt, Protection, Room
 from lamina.protections.projection import Projection, projected_steps
-from lamina.protections.spectrum import Knee, free_directions, nullity
+from lamina.protections.projector import Blend, Spectrum
+from lamina.protections.spectrum import Cut
 
 
 class NullSpace(Protection):
@@ -34,11 +35,27 @@ class NullSpace(Protection):
 
     `rows` counts them: images x heads x tokens.
 
+    Prompts that enter before a layer norm are divided by their deviation s and multiplied by its weight a, so
+    the conditions are really `Q Wk diag(a) dPᵀ = 0` and `S diag(1 / s) dP = 0`. The published method leaves both
+    out; `ln_correction="affine"` puts them in. The deviations are those of the prompts when the projection is
+    made, at the end of the last task: the norm is linearised where the steps begin, and nothing has to be
+    scaled while sums are gathered. Of prompts that enter after the norm the conditions are exact as they stand.
+
     Args:
         tower: whose key weights expand the Grams.
         prompts: the prompts to protect.
-        eta: 0 lets every step through, 1 projects it fully.
-        knee: which rule says how many directions are free.
+        cut: which directions are free; None frees none.
+        channels: how steps are projected on the right; None lets all channels through.
+        tokens: how steps are projected on the left; None lets all tokens through.
+        ln_correction: "affine" counts in what the block's first norm does to the prompts.
+        center: count in that the norm subtracts each token's mean, so that a shift of all channels is free.
+        batch_means: keep sums of the means of batches, as the released code does, instead of sums over rows;
+            `rows` then counts batches. They depend on the batches of the look back and on the number of processes.
+        right_alone: where no combination of tokens is free, let them all through, so that keys alone are
+            protected, instead of stopping all steps.
+
+    Raises:
+        ConfigError: when a correction is asked for and the prompts enter after the norm.
 
     References:
         Lu et al., Visual Prompt Tuning in Null Space for Continual Learning, NeurIPS 2024, section 4
@@ -47,10 +64,31 @@ class NullSpace(Protection):
 
     looks_at = "probes"
 
-    def __init__(self, tower: Tower, prompts: DeepPrompts, *, eta: float, knee: Knee) -> None:
-        self.tower, self.prompts, self.eta, self.knee = tower, prompts, eta, knee
+    def __init__(
+        self,
+        tower: Tower,
+        prompts: DeepPrompts,
+        *,
+        cut: Cut | None,
+        channels: Blend | None,
+        tokens: Blend | None,
+        ln_correction: Literal["none", "affine"] = "none",
+        center: bool = False,
+        batch_means: bool = False,
+        right_alone: bool = False,
+    ) -> None:
+        if prompts.normed and (ln_correction != "none" or center):
+            raise ConfigError(
+                "ln_correction and center are for prompts that a norm changes; these enter after it, so leave both out"
+            )
+        self.tower, self.prompts = tower, prompts
+        self.cut = cut
+        self.blends = {"channels": channels, "tokens": tokens}
+        self.affine, self.center = ln_correction == "affine", center
+        self.batch_means, self.right_alone = batch_means, right_alone
         self.queries: dict[int, Tensor] = {}
         self.attention: dict[int, Tensor] = {}
+        self.deviations: dict[int, Tensor] = {}
         self.rows = 0
 
     def guard(self, optimizer: Optimizer) -> AbstractContextManager[Any]:
@@ -58,13 +96,33 @@ class NullSpace(Protection):
 
     def projections(self) -> dict[nn.Parameter, Projection]:
         """Return the projection of each protected prompt; empty before the first task is over."""
-        return {
-            self.prompts.value(i): Projection(
-                left=self._blend(self.attention[i]).to(self.prompts.value(i)),
-                right=self._blend(self.channels(i)).to(self.prompts.value(i)),
-            )
-            for i in self.queries
+        return {self.prompts.value(i): self.projection(i, self.spectra(i), self.cut) for i in self.queries}
+
+    def projection(self, layer: int, spectra: Mapping[str, Spectrum], cut: Cut | None) -> Projection:
+        """Return the projection of one block's prompts under a cut of its spectra."""
+        free = {side: spectrum.free(cut) for side, spectrum in spectra.items()}
+        blends = dict(self.blends)
+        if self.right_alone and cut is not None and not free["tokens"].shape[1]:
+            blends["tokens"] = None
+        maps = {
+            side: blend(free[side]).to(self.prompts.value(layer)) if blend is not None else None
+            for side, blend in blends.items()
         }
+        return Projection(left=maps["tokens"], right=maps["channels"])
+
+    def spectra(self, layer: int) -> dict[str, Spectrum]:
+        """Return what limits a step at one block, by "channels" and "tokens", decomposed."""
+        channels, tokens = self.channels(layer), self.attention[layer].double()
+        if self.affine:
+            weight = _norm(self.tower, layer).weight
+            if weight is not None:
+                scale = weight.detach().double().to(channels.device)
+                channels = scale[:, None] * channels * scale
+            tokens = tokens / self.deviations[layer].outer(self.deviations[layer])
+        if self.center:
+            channels = channels - channels.mean(0)
+            channels = channels - channels.mean(1, keepdim=True)
+        return {"channels": Spectrum.of(channels), "tokens": Spectrum.of(tokens)}
 
     def channels(self, layer: int, queries: Tensor | None = None) -> Tensor:
         """Return the second moment (D, D), float64, of `Q Wk` over all old images at one block.
@@ -85,30 +143,25 @@ class NullSpace(Protection):
         keys = weight.double().unflatten(0, (len(queries), -1)).to(queries.device)  # (H, d, D)
         return (keys.mT @ queries @ keys).sum(0)
 
-    def _blend(self, second_moment: Tensor) -> Tensor:
-        """Mix the projector on the free directions, at unit Frobenius norm, with the identity."""
-        free = free_directions(second_moment, self.knee)
-        identity = torch.eye(len(free), dtype=free.dtype, device=free.device)
-        return self.eta * (free @ free.T) / free.shape[1] ** 0.5 + (1 - self.eta) * identity
-
     def room(self) -> list[Room]:
         return [
-            Room(layer=i, what=what, used=len(values) - free, size=len(values), kept=float(values[free:].sum() / total))
+            Room(
+                layer=i,
+                what=what,
+                used=len(spectrum.values) - free,
+                size=len(spectrum.values),
+                kept=float(values[free:].sum() / values.sum().clamp_min(torch.finfo().tiny)),
+            )
             for i in self.queries
-            for what, values in self._spectra(i)
-            for free, total in [(nullity(values.flip(0), self.knee), values.sum().clamp_min(torch.finfo().tiny))]
+            for what, spectrum in self.spectra(i).items()
+            for free, values in [(spectrum.free(self.cut).shape[1], spectrum.values.clamp_min(0))]
         ]
-
-    def _spectra(self, layer: int) -> list[tuple[str, Tensor]]:
-        """Return the eigenvalues, in rising order, of what limits a step at one block."""
-        sides = {"channels": self.channels(layer), "tokens": self.attention[layer].double()}
-        return [(what, torch.linalg.eigvalsh(moment).clamp_min(0)) for what, moment in sides.items()]
 
     def felt(self, before: PromptModule, images: Mapping[str, Any]) -> list[Felt]:
         assert isinstance(before, DeepPrompts)  # what this protection was built for
         out, rows = [], max(images["rows"], 1)
         for i in images["queries"]:
-            old, new = (_normalised(prompts.value(i)) for prompts in (before, self.prompts))
+            old, new = (_as_attended(prompts, i) for prompts in (before, self.prompts))
             queries, attention = images["queries"][i], images["attention"][i].double() / rows
             channels = self.channels(i, queries) / (rows * queries.shape[-1])  # of a logit, squared
             looked = attention.diagonal() * new.square().sum(-1)  # how much an image reads of each token
@@ -143,10 +196,13 @@ class NullSpace(Protection):
     def see(self, probe: Probe) -> None:
         if probe.layer not in self.prompts.layers:
             return
-        s = probe.to_prompts.float().flatten(0, 2)  # (B * H * N, M)
+        s = probe.to_prompts.flatten(0, 2)  # (B * H * N, M)
+        s = s.to(torch.promote_types(s.dtype, torch.float32))
         sums = _grams(probe.queries), (s.mT @ s).double()
+        if self.batch_means:
+            sums = sums[0] / len(s), sums[1] / len(s)
         if probe.layer == self.prompts.layers[0]:
-            self._seen += len(s)
+            self._seen += 1 if self.batch_means else len(s)
         if probe.layer in self._draft:
             sums = self._draft[probe.layer][0] + sums[0], self._draft[probe.layer][1] + sums[1]
         self._draft[probe.layer] = sums
@@ -158,14 +214,26 @@ class NullSpace(Protection):
             self.attention[i] = self.attention.get(i, 0) + _symmetric(reduce(attention))
         self.rows += int(reduce(torch.tensor(float(self._seen), dtype=torch.float64)))
         self._draft, self._seen = {}, 0
+        self._linearise()
+
+    def _linearise(self) -> None:
+        """Remember the deviations of the prompts as they are now, where they are asked for."""
+        if self.affine:
+            self.deviations = {i: _deviations(self.prompts.value(i), _norm(self.tower, i).eps) for i in self.queries}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"queries": dict(self.queries), "attention": dict(self.attention), "rows": self.rows}
+        state = {"queries": dict(self.queries), "attention": dict(self.attention), "rows": self.rows}
+        # Not read off the prompts: a run that resumes in the middle of a task finds them moved.
+        return state | {"deviations": dict(self.deviations)} if self.affine else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         prompt = self.prompts.value(self.prompts.layers[0])
         head = self.tower.width // self.tower.blocks()[0].heads
-        shapes = {"queries": (self.tower.blocks()[0].heads, head, head), "attention": (len(prompt), len(prompt))}
+        shapes = {
+            "queries": (self.tower.blocks()[0].heads, head, head),
+            "attention": (len(prompt), len(prompt)),
+            **({"deviations": (len(prompt),)} if self.affine and "deviations" in state else {}),
+        }
         for name, shape in shapes.items():
             sums = state[name]
             if sums and sorted(sums) != sorted(self.prompts.layers):
@@ -173,22 +241,42 @@ class NullSpace(Protection):
             for i, value in sums.items():
                 if value.shape != shape:
                     raise ShapeError(f"{name} of block {i} must have shape {shape}; got {tuple(value.shape)}")
+            if name == "deviations" and any(bool((value <= 0).any()) for value in sums.values()):
+                raise ShapeError("deviations must be above 0")
             setattr(self, name, {i: value.to(prompt.device) for i, value in sums.items()})
         self.rows = state["rows"]
+        if "deviations" not in shapes:
+            self._linearise()
+
+
+def _norm(tower: Tower, layer: int) -> nn.LayerNorm:
+    norm = tower.blocks()[layer].first_norm
+    if norm is None:
+        raise UnsupportedBackbone(
+            f"the first norm of block {layer} is no layer norm, so lamina cannot correct for it; leave "
+            'ln_correction at "none"'
+        )
+    return norm
+
+
+def _deviations(prompt: Tensor, eps: float) -> Tensor:
+    """Return what a layer norm divides each token of a prompt (M, D) by: (M,), float64."""
+    return (prompt.detach().double().var(-1, unbiased=False) + eps).sqrt()
 
 
 def _symmetric(sums: Tensor) -> Tensor:
     return (sums + sums.mT) / 2
 
 
-def _normalised(prompt: Tensor) -> Tensor:
-    """Bring each token (M, D) to mean 0 and deviation 1 over channels, in float64."""
-    return F.layer_norm(prompt.detach().double(), prompt.shape[-1:])
+def _as_attended(prompts: DeepPrompts, layer: int) -> Tensor:
+    """Return a block's prompts (M, D) in float64; those that a norm awaits with mean 0 and deviation 1 a token."""
+    prompt = prompts.value(layer).detach().double()
+    return prompt if prompts.normed else F.layer_norm(prompt, prompt.shape[-1:])
 
 
 def _grams(queries: Tensor) -> Tensor:
     """Return the Gram of each head's queries (B, H, N, d), summed over images: (H, d, d), float64."""
-    if queries.dtype == torch.float32:
+    if queries.dtype in (torch.float32, torch.float64):
         rows = queries.transpose(0, 1).flatten(1, 2)  # one product a head is faster than one an image
         return (rows.mT @ rows).double()
     # The tower has rounded the queries already; an image's Gram in its precision adds a tenth of that error.

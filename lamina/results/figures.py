@@ -6,7 +6,8 @@ Colour never stands alone: lines have markers and dashes, cells have their value
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 
 from lamina.results.metrics import forgetting_per_task
@@ -14,7 +15,6 @@ from lamina.results.records import Record
 from lamina.results.tables import Row, Spread, percent, spread
 
 COLOURS = 8
-Place = Callable[[float], float]
 _DASHES = ("", "6 3", "2 3", "9 3 2 3")
 #: opacity from which text on a cell changes colour, for a contrast of 4.3:1 or better in both themes
 _MIDDLE, _STRONG = 0.58, 0.74
@@ -91,67 +91,134 @@ def forgetting_by_task(rows: Sequence[Row]) -> str | None:
     return _heat("", [f'<th scope="col">{task + 1}</th>' for task in range(columns)], body)
 
 
+def drift_curves(rows: Sequence[Row]) -> list[tuple[Row, str]] | None:
+    """Return for each row with measured drift a figure of two drawings: over the tasks, and over the blocks.
+
+    The first one follows the features, after each task but the first; the second one goes through the blocks
+    after the last task. Both show means over old tasks, and over the runs that measured drift. All drawings
+    have one scale, from zero. None when no run has measured the drift of an old task.
+    """
+    drawn = []
+    for index, row in enumerate(rows):
+        runs = [record.old_drift for record in row.records if record.old_drift]
+        if runs:
+            over_tasks = [spread([blocks[-1] for blocks in after]) for after in zip(*runs, strict=True)]
+            over_blocks = [spread(values) for values in zip(*(run[-1] for run in runs), strict=True)]
+            drawn.append((index, row, over_tasks, over_blocks))
+    if not drawn:
+        return None
+    most = max(point.mean + (point.deviation or 0) for *_, one, other in drawn for point in (*one, *other))
+    high, step = _round_up(most)
+    figures = []
+    for index, row, over_tasks, over_blocks in drawn:
+        parts = []
+        for points, first, unit, what in (
+            (over_tasks, 2, "tasks learned", "after task"),
+            (over_blocks, 0, "block", "block"),
+        ):
+            frame = _Frame(360, 220, len(points), 0.0, high)
+            titles = [f"{escape(row.name)}, {what} {first + place}: {_said(p)}" for place, p in enumerate(points)]
+            inside = _axes(frame, step, first, unit) + _trace(frame, index, points, titles)
+            label = f"Drift of old features by {unit}"
+            parts.append(f'<svg viewBox="0 0 360 220" role="img" aria-label="{label}">{inside}</svg>')
+        figures.append((row, "".join(parts)))
+    return figures
+
+
 def _row_means(record: Record) -> list[float]:
     return [sum(row) / len(row) for row in record.matrix]
 
 
+@dataclass(frozen=True)
+class _Frame:
+    """Where things stand in a drawing: `count` places across, values from `low` to `high` upwards."""
+
+    width: int
+    height: int
+    count: int
+    low: float
+    high: float
+    left: int = 44
+    right: int = 14
+    top: int = 12
+    bottom: int = 40
+
+    def across(self, place: float) -> float:
+        share = place / (self.count - 1) if self.count > 1 else 0.5
+        return round(self.left + (self.width - self.left - self.right) * share, 1)
+
+    def up(self, value: float) -> float:
+        share = (self.high - min(max(value, self.low), self.high)) / (self.high - self.low)
+        return round(self.top + (self.height - self.top - self.bottom) * share, 1)
+
+
 def _curve(rows: Sequence[Row], series: Sequence[list[Spread]], tasks: int, width: int, height: int) -> str:
-    left, right, top, bottom = 44, 14, 12, 40
     lows = [point.mean - (point.deviation or 0) for line in series for point in line]
     highs = [point.mean + (point.deviation or 0) for line in series for point in line]
     low, high = _limits(min(lows), max(highs))
-
-    def across(t: float) -> float:
-        return round(left + (width - left - right) * (t / (tasks - 1) if tasks > 1 else 0.5), 1)
-
-    def up(value: float) -> float:
-        return round(top + (height - top - bottom) * (high - min(max(value, low), high)) / (high - low), 1)
-
-    parts = [_axes((width, height, left, right, bottom), tasks, (low, high), across, up)]
+    frame = _Frame(width, height, tasks, low, high)
+    parts = [_axes(frame, 0.1 if high - low <= 0.55 else 0.2, 1, "tasks learned")]
     for index, (row, line) in enumerate(zip(rows, series, strict=True)):
-        parts.append(_line(index, row, line, across, up, tasks))
+        parts.append(_line(frame, index, row, line))
     label = "Mean accuracy over the tasks met so far, after each task"
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
-def _axes(
-    box: tuple[int, int, int, int, int], tasks: int, limits: tuple[float, float], across: Place, up: Place
-) -> str:
-    width, height, left, right, bottom = box
-    low, high = limits
-    step = 0.1 if high - low <= 0.55 else 0.2
+def _axes(frame: _Frame, step: float, first: int, unit: str) -> str:
+    """Return the lines at multiples of `step` and the numbers of the places, which begin with `first`."""
+    left, right = frame.left, frame.width - frame.right
+    digits = max(0, -math.floor(round(math.log10(100 * step), 6)))
     parts = []
-    for tick in range(math.ceil(round(low / step, 6)), math.floor(round(high / step, 6)) + 1):
-        y = up(tick * step)
-        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text x="{left - 8}" y="{y + 4}" text-anchor="end">{100 * tick * step:.0f}</text>')
-    room = max(1, round(tasks * 34 / (width - left - right)))
-    for t in range(0, tasks, room):
-        parts.append(f'<text x="{across(t)}" y="{height - bottom + 18}" text-anchor="middle">{t + 1}</text>')
-    middle = (left + width - right) / 2
-    parts.append(f'<text x="{middle}" y="{height - 4}" text-anchor="middle">tasks learned</text>')
+    for tick in range(math.ceil(round(frame.low / step, 6)), math.floor(round(frame.high / step, 6)) + 1):
+        y = frame.up(tick * step)
+        parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text x="{left - 8}" y="{y + 4}" text-anchor="end">{100 * tick * step:.{digits}f}</text>')
+    room = max(1, round(frame.count * 34 / (right - left)))
+    for place in range(0, frame.count, room):
+        x, y = frame.across(place), frame.height - frame.bottom + 18
+        parts.append(f'<text x="{x}" y="{y}" text-anchor="middle">{first + place}</text>')
+    middle = (left + right) / 2
+    parts.append(f'<text x="{middle}" y="{frame.height - 4}" text-anchor="middle">{unit}</text>')
     return "".join(parts)
 
 
-def _line(index: int, row: Row, line: list[Spread], across: Place, up: Place, tasks: int) -> str:
-    style = f'class="line c{index % COLOURS}"{_dash(index)}'
+def _line(frame: _Frame, index: int, row: Row, line: list[Spread]) -> str:
     name = escape(row.name)
     if row.records[0].at_once:
-        y = up(line[0].mean)
-        parts = [f'<line {style} x1="{across(0)}" x2="{across(tasks - 1)}" y1="{y}" y2="{y}"/>']
-        return "".join(parts) + _marker(index, across(tasks - 1), y, f"{name}, all at once: {line[0]} %")
+        y, start, end = frame.up(line[0].mean), frame.across(0), frame.across(frame.count - 1)
+        level = f'<line {_stroke(index)} x1="{start}" x2="{end}" y1="{y}" y2="{y}"/>'
+        return level + _marker(index, end, y, f"{name}, all at once: {line[0]} %")
+    titles = [f"{name}, after task {t + 1}: {_said(point)}" for t, point in enumerate(line)]
+    return _trace(frame, index, line, titles)
+
+
+def _trace(frame: _Frame, index: int, points: Sequence[Spread], titles: Sequence[str]) -> str:
+    """Return a line through points with a marker at each, and a band where any has a deviation."""
     parts = []
-    if any(point.deviation for point in line):
-        above = [f"{across(t)},{up(point.mean + (point.deviation or 0))}" for t, point in enumerate(line)]
-        below = [f"{across(t)},{up(point.mean - (point.deviation or 0))}" for t, point in enumerate(line)]
+    if any(point.deviation for point in points):
+        above = [f"{frame.across(t)},{frame.up(p.mean + (p.deviation or 0))}" for t, p in enumerate(points)]
+        below = [f"{frame.across(t)},{frame.up(p.mean - (p.deviation or 0))}" for t, p in enumerate(points)]
         parts.append(f'<polygon class="band c{index % COLOURS}" points="{" ".join(above + below[::-1])}"/>')
-    points = " ".join(f"{across(t)},{up(point.mean)}" for t, point in enumerate(line))
-    parts.append(f'<polyline {style} points="{points}"/>')
-    for t, point in enumerate(line):
-        runs = f", {point.runs} runs" if point.runs > 1 else ""
-        title = f"{name}, after task {t + 1}: {point} %{runs}"
-        parts.append(_marker(index, across(t), up(point.mean), title))
+    places = [(frame.across(t), frame.up(point.mean)) for t, point in enumerate(points)]
+    parts.append(f'<polyline {_stroke(index)} points="{" ".join(f"{x},{y}" for x, y in places)}"/>')
+    parts += [_marker(index, x, y, title) for (x, y), title in zip(places, titles, strict=True)]
     return "".join(parts)
+
+
+def _said(point: Spread) -> str:
+    return f"{point} %" + (f", {point.runs} runs" if point.runs > 1 else "")
+
+
+def _round_up(most: float) -> tuple[float, float]:
+    """Return the end of a scale from zero that holds `most`, and a step of 1, 2 or 5 that divides it in 3 to 6.
+
+    >>> _round_up(0.031), _round_up(1.52), _round_up(0.0)
+    ((0.04, 0.01), (2.0, 0.5), (0.01, 0.002))
+    """
+    most = max(most, 0.01)
+    power = 10.0 ** math.floor(math.log10(most / 3))
+    step = max(power * factor for factor in (1, 2, 5) if power * factor <= most / 3 * (1 + 1e-9))
+    return round(math.ceil(round(most / step, 6)) * step, 9), round(step, 9)
 
 
 def _limits(low: float, high: float) -> tuple[float, float]:
@@ -166,6 +233,10 @@ def _limits(low: float, high: float) -> tuple[float, float]:
         bottom = max(0.0, round(top - 0.2, 1))
         top = round(max(top, bottom + 0.2), 1)
     return bottom, top
+
+
+def _stroke(index: int) -> str:
+    return f'class="line c{index % COLOURS}"{_dash(index)}'
 
 
 def _dash(index: int) -> str:
@@ -186,7 +257,7 @@ def _marker(index: int, x: float, y: float, title: str = "") -> str:
 
 
 def _swatch(index: int) -> str:
-    line = f'<line class="line c{index % COLOURS}"{_dash(index)} x1="1" x2="29" y1="7" y2="7"/>'
+    line = f'<line {_stroke(index)} x1="1" x2="29" y1="7" y2="7"/>'
     return f'<svg class="swatch" viewBox="0 0 30 14" aria-hidden="true">{line}{_marker(index, 15, 7)}</svg>'
 
 

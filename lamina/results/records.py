@@ -46,7 +46,8 @@ class Record:
         matrix_task_aware: the same with the task of each image given; empty when it was not measured.
         test_sizes: test images of each task (T).
         metrics: `lamina.results.metrics.summary` of the above.
-        seconds: for `train`, `look_back` and `evaluate`, one duration per row of the matrix.
+        seconds: for `train`, `look_back` and `evaluate`, and for `measure_drift` where drift was measured, one
+            duration per row of the matrix.
         peak_memory_mb: the most memory the run held, in units of 10**6 bytes; None when it was not measured.
         trainable_parameters: numbers that training may change.
         stored_numbers: numbers kept from task to task, without the frozen model.
@@ -55,6 +56,9 @@ class Record:
         commit: of the source; None outside a repository.
         finished: whether every task was learned.
         command: what to type to run it again.
+        drift: entry [t][i][l] is how far test images of task i have moved after task t >= i, as block l leaves
+            them and, for the last block, in the features: root mean squared distance from where they were just
+            after task i, in units of their spread then. Empty when it was not measured.
         version: of this file format.
 
     Raises:
@@ -83,6 +87,7 @@ class Record:
     commit: str | None
     finished: bool
     command: str
+    drift: list[list[list[float]]] = dataclasses.field(default_factory=list)
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -108,6 +113,12 @@ class Record:
         """Whether all tasks were learned in one stage."""
         return len(self.matrix) == 1 and self.tasks > 1 and len(self.matrix[0]) == self.tasks
 
+    @property
+    def old_drift(self) -> list[list[float]]:
+        """The mean drift over old tasks after each task but the first, (T - 1, L); empty when not measured."""
+        rows = self.drift[1:]
+        return [[sum(block) / t for block in zip(*row[:t], strict=True)] for t, row in enumerate(rows, start=1)]
+
     def as_dict(self) -> dict[str, Any]:
         """Return the fields by name, in the order of the file."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -125,8 +136,10 @@ class Record:
         if values.get("version") != VERSION:
             got = repr(values["version"]) if "version" in values else "none"
             raise DataError(f"version must be {VERSION}, the one this lamina reads; got {got}")
-        names = [field.name for field in dataclasses.fields(cls)]
-        lacking = [name for name in names if name not in values]
+        fields = dataclasses.fields(cls)
+        names = [field.name for field in fields]
+        optional = [field.name for field in fields if field.default_factory is not dataclasses.MISSING]
+        lacking = [name for name in names if name not in values and name not in optional]
         if lacking:
             raise DataError(f"fields are missing: {', '.join(lacking)}")
         for name in values:
@@ -188,6 +201,12 @@ class Record:
             durations = self.seconds[phase]
             fits = isinstance(durations, list) and len(durations) == rows and all(map(_is_count, durations))
             _require(fits, f"seconds.{phase}", f"must be {rows} durations, one per row of matrix", durations)
+        if self.drift:
+            _require(not self.at_once, "drift", "must be empty where all tasks were learned at once", len(self.drift))
+            blocks = [[len(values) for values in row] for row in self.drift]
+            right = [(blocks[0] or [0])[:1] * (t + 1) for t in range(rows)]
+            rule = f"must have {rows} rows, of 1 to {rows} lists with a number for each block"
+            _require(blocks == right and right[0] != [0], "drift", rule, blocks)
 
 
 def find_records(paths: Iterable[Path | str]) -> list[Record]:
@@ -271,6 +290,10 @@ def _is_rows(value: Any) -> bool:
     return rows and all(_is_number(each) for row in value for each in row)
 
 
+def _is_drift(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_rows(row) and all(min(b, default=0) >= 0 for b in row) for row in value)
+
+
 def _is_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(_is_whole(each) and each >= 0 for each in value)
 
@@ -299,6 +322,7 @@ _RULES = {
     **dict.fromkeys(("backbone", "versions"), _WORDS),
     **dict.fromkeys(("trainable_parameters", "stored_numbers"), _COUNT),
     **dict.fromkeys(("matrix", "matrix_task_aware"), _MATRIX),
+    "drift": (_is_drift, "must be a list of rows of lists of numbers, at least 0"),
     "seed": (_is_whole, "must be a whole number"),
     "order_seed": (lambda value: value is None or _is_whole(value), "must be a whole number or null"),
     "protocol": (_is_flat, "must map names to text or numbers"),

@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 
 from lamina.errors import DataError
-from lamina.results.figures import accuracy_curve, accuracy_matrix, forgetting_by_task, minus
+from lamina.results.figures import accuracy_curve, accuracy_matrix, drift_curves, forgetting_by_task, minus
 from lamina.results.page import POLICY, counted, facts_list, html_table, number, percent_or_dash
 from lamina.results.records import PHASES, Record
 from lamina.results.style import STYLE
@@ -91,7 +91,7 @@ def _section(index: int, records: Sequence[Record]) -> str:
             '<p class="say">Points from the best accuracy a task had earlier down to its last one. '
             f"Below zero, the task ended better than ever.</p>{lost}"
         )
-    parts += [_matrices(rows), _costs(rows), _settings(rows), _classes(records), _origin(rows)]
+    parts += [_matrices(rows), _drift(rows), _costs(rows), _settings(rows), _classes(records), _origin(rows)]
     return f"<section>{''.join(parts)}</section>"
 
 
@@ -159,6 +159,21 @@ def _matrices(rows: Sequence[Row]) -> str:
         '<p class="say">A row for each task learned, a column for each task tested, in percent. '
         f"Colour runs from {100 * palest:.0f} to 100.</p>"
         f'<div class="maps" style="--least:{2.25 * widest + 6.5:.1f}rem">{"".join(maps)}</div>'
+    )
+
+
+def _drift(rows: Sequence[Row]) -> str:
+    """Return the drift of old features by task and by block; nothing where none was measured."""
+    figures = drift_curves(rows)
+    if figures is None:
+        return ""
+    maps = [f"<div><h4>{_row_name(row)}</h4>{figure}</div>" for row, figure in figures]
+    return (
+        "<h3>Drift of old features</h3>"
+        '<p class="say">How far test images of old tasks have moved since their own task was learned, in percent '
+        "of their spread then; means over old tasks, on one scale. Above, the features as tasks arrive. Below, "
+        "what each block puts out after the last task; of the last block, the features. Bands show one standard "
+        f'deviation over runs.</p><div class="maps" style="--least:20rem">{"".join(maps)}</div>'
     )
 
 

@@ -17,8 +17,10 @@ from lamina.data.loader import Share, global_batch, plain_batches, steps_per_epo
 from lamina.data.pictures import hashed
 from lamina.data.stream import Split, Task
 from lamina.data.transforms import InputSpec, transform
+from lamina.heads.base import Head
 from lamina.learner import Phase
 from lamina.model import Batch
+from lamina.seeds import generator_at
 
 
 class Fed(NamedTuple):
@@ -63,7 +65,7 @@ class Feed:
 
     def steps(self, split: Split, phase: Phase) -> int:
         """Return how many steps a phase takes on a split."""
-        return phase.epochs * steps_per_epoch(split, phase.batch_size)
+        return phase.epochs * steps_per_epoch(split, phase.batch_size, phase.repeat)
 
     def train(self, task: Task, number: int, phase: Phase, first: int) -> Iterator[Fed]:
         """Yield the steps of phase `number` of a task, from step `first` on."""
@@ -72,7 +74,7 @@ class Feed:
         if self.features is not None:
             features, columns = self._features(split), torch.from_numpy(split.columns)
             for step in range(first, self.steps(split, phase)):
-                positions = global_batch(split, address=address, batch_size=size, step=step)
+                positions = global_batch(split, address=address, batch_size=size, step=step, repeat=phase.repeat)
                 mine, weight = self.share.of(positions)
                 batch = Batch(None, columns[mine], features=features[mine])
                 yield Fed(self.fabric.to_device(batch), weight, len(positions))
@@ -86,8 +88,23 @@ class Feed:
             start_step=first,
             share=self.share,
             workers=self.workers,
+            repeat=phase.repeat,
         ):
             yield Fed(self.fabric.to_device(Batch(part.images, part.columns)), part.weight, part.size)
+
+    def drawn(self, head: Head, task: Task, number: int, phase: Phase, first: int) -> Iterator[Fed]:
+        """Yield the steps of a phase on features that the head draws, anew in every epoch, from step `first` on."""
+        address, size = (self.seed, "train", task.index, number), phase.batch_size
+        for epoch in range(phase.epochs):
+            features, columns = head.draws(phase.draws, *address, "draws", epoch)
+            steps = -(-len(columns) // size)
+            order = torch.randperm(len(columns), generator=generator_at(*address, "order", epoch)).numpy()
+            for step in range(max(first - epoch * steps, 0), steps):
+                positions = order[step * size : (step + 1) * size]
+                mine, weight = self.share.of(positions)
+                yield Fed(
+                    self.fabric.to_device(Batch(None, columns[mine], features=features[mine])), weight, len(positions)
+                )
 
     def plain(self, split: Split) -> Iterator[Batch]:
         """Yield this process's share of a split once, in order and without augmentation."""

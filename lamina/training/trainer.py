@@ -8,28 +8,33 @@ on, so a run goes on from a checkpoint exactly as if nothing had happened.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lamina.data.stream import Stream, Task
 from lamina.errors import ResumeError, TrainingError
 from lamina.learner import Learner, Phase
 from lamina.lookback import Watcher
+from lamina.model import PromptedModel
 from lamina.seeds import seed_at
 from lamina.training import checkpoint
 from lamina.training.evaluation import accuracies, summed
 from lamina.training.feed import Feed
 from lamina.training.log import Log
+from lamina.training.meter import DriftMeter
 from lamina.training.objective import classify
 from lamina.training.progress import Progress
+from lamina.training.stopwatch import Stopwatch
+
+#: images of a finished task that protections may measure on
+_FEW = 100
 
 #: of the stretches of work whose seconds are kept apart
 STRETCHES = ("train", "look_back", "evaluate")
@@ -59,12 +64,13 @@ class Trainer:
         identity: what a checkpoint must share with this run: settings, stream, backbone.
         progress: told how far the run is.
         observers: who else learns from the look back, beside head and protections.
+        meter: measures after each task how far old test images moved; of no use where all is learned at once.
 
     Attributes:
         position: the next step to take.
         matrix, matrix_task_aware: a row of accuracies for each finished task; in the second one the
             columns of other tasks are masked.
-        seconds: of each stretch of work, per task.
+        seconds: of each stretch of work, per task; of "measure_drift", too, where there is a meter.
     """
 
     def __init__(
@@ -79,6 +85,7 @@ class Trainer:
         identity: dict[str, Any] | None = None,
         progress: Progress | None = None,
         observers: Sequence[Watcher] = (),
+        meter: DriftMeter | None = None,
     ) -> None:
         self.learner, self.feed, self.seed, self.run_dir, self.every = (
             learner,
@@ -91,13 +98,14 @@ class Trainer:
         self.identity = {"seed": seed, **(identity or {})}
         self.progress = progress or Progress()
         self.observers = observers
+        self.meter = None if learner.at_once else meter
         self.log = Log(run_dir if self.fabric.is_global_zero else None)
         self.position = Position()
         self.matrix: list[list[float]] = []
         self.matrix_task_aware: list[list[float]] = []
         self.seconds: dict[str, list[float]] = {name: [] for name in STRETCHES}
         self.should_stop: Callable[[], bool] = lambda: False
-        self._begun = 0
+        self._begun = self._met = 0  # tasks and classes
         self._optimizer_state: dict[str, Any] | None = None
         learner.model.to(self.fabric.device)
 
@@ -116,6 +124,8 @@ class Trainer:
         for task in stages[self.position.task :]:
             self.learn(task, tasks=len(stages))
             self.evaluate(list(stream) if self.learner.at_once else stages[: task.index + 1])
+            if self.meter is not None:
+                self._measure(self.meter, task.index, len(stages))
             self.position = Position(task.index + 1)
             self.progress.row(task.index, len(stages), self.matrix[-1])
             self._save()
@@ -123,7 +133,7 @@ class Trainer:
                 raise Stopped
 
     def learn(self, task: Task, *, tasks: int = 1) -> None:
-        """Learn one task: run its phases, then look back on it.
+        """Learn one task: run its phases, look back on it, and refine what was learned.
 
         Args:
             tasks: how many tasks there are, for whoever watches.
@@ -133,10 +143,19 @@ class Trainer:
             self.position = Position(task.index)
         for name in STRETCHES:
             self.seconds[name] += [0.0] * (task.index + 1 - len(self.seconds[name]))
-        for number, phase in enumerate(self.learner.phases(task)):
+        before, after = self.learner.phases(task), self.learner.refine(task)
+        looking = len(before)  # the look back takes a number among the phases
+        for number, phase in enumerate(before):
             if number >= self.position.phase:
                 self._run_phase(task, number, phase, tasks)
-        self._look_back(task, tasks)
+        if self.position.phase <= looking:
+            self._look_back(task, tasks)
+            self.position = Position(task.index, looking + 1)
+            if after:
+                self._save()
+        for number, phase in enumerate(after, start=looking + 1):
+            if number >= self.position.phase:
+                self._run_phase(task, number, phase, tasks)
 
     def evaluate(self, tasks: Sequence[Task]) -> None:
         """Append a row of accuracies on `tasks` to the matrices."""
@@ -153,6 +172,11 @@ class Trainer:
         self.matrix.append(row)
         self.matrix_task_aware.append(aware)
 
+    def _measure(self, meter: DriftMeter, task: int, tasks: int) -> None:
+        model, feed = self.learner.model, self.feed
+        with self._stretch("measure_drift", task, tasks, meter.images(model, task)):
+            meter.measure(model, task, feed.plain, feed.share, summed(self.fabric), self.seed, self.progress.advance)
+
     @property
     def _remembering(self) -> list[Watcher]:
         return [*self.learner.protections, *self.observers]
@@ -167,9 +191,16 @@ class Trainer:
                 self.learner.model.begin_task(task)
                 self.learner.model.to(self.fabric.device)
                 self._begun = task.index + 1
+                self._met = max(self._met, max(task.columns) + 1)
 
     def _run_phase(self, task: Task, number: int, phase: Phase, tasks: int) -> None:
         model = self.learner.model
+        with _only(phase.parameters(model), model) if phase.parameters is not None else nullcontext():
+            self._take_steps(model, task, number, phase, tasks)
+        self.position = Position(task.index, number + 1)
+        self._save()
+
+    def _take_steps(self, model: PromptedModel, task: Task, number: int, phase: Phase, tasks: int) -> None:
         module = self.fabric.setup_module(model)  # anew for each phase, since parameters come and go
         optimizer = phase.optimizer([p for p in model.parameters() if p.requires_grad])
         if self._optimizer_state is not None:
@@ -177,15 +208,22 @@ class Trainer:
             self._optimizer_state = None
         rates = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
         wrapped = self.fabric.setup_optimizers(optimizer)
-        total = self.feed.steps(task.train, phase)
         first = self.position.step if self.position[:2] == (task.index, number) else 0
-        images = len(task.train) * phase.epochs
+        if phase.draws:
+            images = phase.draws * self._met
+            total = phase.epochs * -(-images // phase.batch_size)
+            source = self.feed.drawn(model.head, task, number, phase, first)
+        else:
+            images = len(task.train) * phase.repeat
+            total = self.feed.steps(task.train, phase)
+            source = self.feed.train(task, number, phase, first)
+        images *= phase.epochs
         model.train()
         with ExitStack() as guards, self._stretch("train", task.index, tasks, images) as watch:
             self.progress.skip(min(first * phase.batch_size, images))
             for protection in self.learner.protections:
                 guards.enter_context(protection.guard(optimizer))
-            for step, fed in enumerate(self.feed.train(task, number, phase, first), start=first):
+            for step, fed in enumerate(source, start=first):
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * phase.schedule(step / total)
                 torch.manual_seed(seed_at(self.seed, "step", task.index, number, step, self.fabric.global_rank))
@@ -208,8 +246,6 @@ class Trainer:
                     self._save(optimizer)
                 if stop:
                     raise Stopped
-        self.position = Position(task.index, number + 1)
-        self._save()
 
     def _any(self, mine: bool) -> bool:
         """Say whether it is so in any process; all must do the same, or one would wait for ever."""
@@ -249,11 +285,16 @@ class Trainer:
                     self.progress.advance(len(batch.targets))
             for watcher in watchers:
                 watcher.end_look(summed(self.fabric))
+            measuring = [protection for protection in self.learner.protections if protection.measures]
+            if measuring:
+                few = list(self.feed.plain(task.train.some(_FEW)))
+                for protection in measuring:
+                    protection.measure(model, few, summed(self.fabric))
 
     @contextmanager
-    def _stretch(self, name: str, task: int, tasks: int, images: int) -> Iterator[_Stopwatch]:
+    def _stretch(self, name: str, task: int, tasks: int, images: int) -> Iterator[Stopwatch]:
         """Time a stretch of work and show how far it is; one without images is not shown."""
-        with _Stopwatch(self.seconds[name], task) as watch, ExitStack() as shown:
+        with Stopwatch(self.seconds.setdefault(name, []), task) as watch, ExitStack() as shown:
             if images:
                 self.progress.begin(name.replace("_", " "), task, tasks, images)
                 shown.callback(self.progress.end)
@@ -273,6 +314,7 @@ class Trainer:
             "seconds": self.seconds,
             "learned": self.learner.model.learned(),
             "memory": self.memory(),
+            "meter": self.meter.state_dict() if self.meter is not None else None,
             "optimizer": optimizer.state_dict() if optimizer is not None else None,
         }
         checkpoint.save(self.run_dir, state)
@@ -293,6 +335,8 @@ class Trainer:
         stages = [stream.merged()] if self.learner.at_once else list(stream)
         self._recall(stages[: state["begun"]], state["learned"], state["memory"])
         self._optimizer_state = state["optimizer"]
+        if self.meter is not None:
+            self.meter.resume(state.get("meter"), self.position.task)
         self.log.cut(self.position)
         return True
 
@@ -325,21 +369,18 @@ class Trainer:
             watcher.load_state_dict(saved)
 
 
-class _Stopwatch:
-    """Adds the seconds inside a `with` to one entry of a list; `lap` adds what has passed so far."""
-
-    def __init__(self, seconds: list[float], index: int) -> None:
-        self.seconds, self.index = seconds, index
-
-    def __enter__(self) -> _Stopwatch:
-        self.seconds += [0.0] * (self.index + 1 - len(self.seconds))
-        self.began = time.perf_counter()
-        return self
-
-    def lap(self) -> None:
-        now = time.perf_counter()
-        self.seconds[self.index] += now - self.began
-        self.began = now
-
-    def __exit__(self, *_: object) -> None:
-        self.lap()
+@contextmanager
+def _only(parameters: Sequence[nn.Parameter], model: nn.Module) -> Iterator[None]:
+    """Inside, these parameters and no others ask for a gradient."""
+    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in asked:
+            parameter.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        for parameter in asked:
+            parameter.requires_grad_(True)

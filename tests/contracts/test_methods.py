@@ -20,7 +20,7 @@ from tests.conftest import make_tiny_vit
 from tests.streams import blobs, trainer_of
 
 #: makes any method cheap; applied where a method has such a setting
-CHEAP = {"epochs": 2, "batch_size": 5, "length": 3}
+CHEAP = {"epochs": 2, "batch_size": 5, "length": 3, "width": 40}
 TASKS, PER_TASK = 2, 3
 
 every_method = pytest.mark.parametrize("name", method_names())

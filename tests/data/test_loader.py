@@ -219,6 +219,75 @@ def test_the_order_of_an_epoch_is_pinned():
     assert order == [1, 6, 2, 4, 0, 5, 3]
 
 
+# ── passes that are shuffled together ────────────────────────────────────────────────────────────────
+
+
+@settings(max_examples=40, deadline=None)
+@given(count=numbers, batch_size=st.integers(1, 9), repeat=st.integers(1, 4), world=st.integers(1, 3))
+def test_an_epoch_shows_every_image_as_often_as_it_repeats(count, batch_size, repeat, world):
+    split = numbered(count)
+    ranks = [
+        collected(split, PLAIN, batch_size=batch_size, repeat=repeat, share=Share(rank, world)) for rank in range(world)
+    ]
+    per_epoch = steps_per_epoch(split, batch_size, repeat)
+    assert per_epoch == -(-count * repeat // batch_size)
+    for epoch in range(2):
+        steps = [step for rank in ranks for step in rank[epoch * per_epoch : (epoch + 1) * per_epoch]]
+        seen = [column for step in steps if step.weight for column in step.columns.tolist()]
+        assert sorted(seen) == sorted([*range(count)] * repeat)
+        assert [step.size for step in steps[: per_epoch - 1]] == [batch_size] * (per_epoch - 1)
+    assert {len(rank) for rank in ranks} == {2 * per_epoch}
+
+
+def test_repetitions_are_shuffled_jointly_and_not_one_after_another():
+    order = torch.cat([step.columns for step in collected(numbered(23), PLAIN, epochs=1, repeat=3)]).tolist()
+    parts = [order[:23], order[23:46], order[46:]]
+    assert all(len(set(part)) < 23 for part in parts) and sorted(order) == sorted([*range(23)] * 3)
+
+
+@pytest.fixture
+def distinct(split):
+    """Seven images whose column is their position."""
+    return dataclasses.replace(split(), columns=np.arange(7))
+
+
+def test_one_repetition_is_what_no_repetition_is(split):
+    data = split()
+    same(collected(data, repeat=1), collected(data))
+
+
+def test_an_image_looks_different_in_every_repetition_and_the_same_when_it_comes_by_again(distinct):
+    data = distinct
+    seen: dict[int, list] = {}
+    for step in collected(data, epochs=1, repeat=5):
+        for column, image in zip(step.columns.tolist(), step.images, strict=True):
+            seen.setdefault(column, []).append(image)
+    assert [len(found) for found in seen.values()] == [5] * 7
+    for found in seen.values():
+        assert not all(torch.equal(found[0], other) for other in found[1:])
+    same(collected(data, epochs=1, repeat=5, start_step=4), collected(data, epochs=1, repeat=5)[4:])
+    same(collected(data, epochs=1, repeat=5, workers=2), collected(data, epochs=1, repeat=5))
+
+
+def test_the_seed_of_a_repeated_augmentation_is_its_address_and_the_number_of_the_repetition(distinct):
+    data, found = distinct, set()
+    for step in collected(data, epochs=2, repeat=3)[7:]:
+        for column, image in zip(step.columns.tolist(), step.images, strict=True):
+            index = int(data.indices[column])
+            for again in range(3):
+                torch.manual_seed(seed_at(*ADDRESS, "augment", 1, index, *([again] if again else [])))
+                if torch.equal(image, FLIP.normalised(FLIP(data.images.image(index))[None])[0]):
+                    found.add((column, again))
+    assert found == {(column, again) for column in range(7) for again in range(3)}
+
+
+def test_the_positions_of_a_repeated_batch_are_those_of_its_images(split):
+    data = split()
+    for number, step in enumerate(collected(data, PLAIN, epochs=1, repeat=3)):
+        batch = global_batch(data, address=ADDRESS, batch_size=3, step=number, repeat=3)
+        assert step.columns.tolist() == data.columns[batch].tolist()
+
+
 def test_columns_belong_to_their_images(split):
     data = split()
     for step, number in zip(collected(data, PLAIN), range(6), strict=True):
@@ -239,6 +308,7 @@ def test_columns_belong_to_their_images(split):
         (lambda: Share(2, 2), ConfigError, "a share needs 0 <= rank < world; got rank 2 of 2"),
         (lambda: collected(numbered(0)), DataError, "there is nothing to train on: the split has no images"),
         (lambda: collected(numbered(7), batch_size=0), ConfigError, "batch_size must be at least 1; got 0"),
+        (lambda: collected(numbered(7), repeat=0), ConfigError, "repeat must be at least 1; got 0"),
         (
             lambda: collected(numbered(7), start_step=-1),
             ConfigError,

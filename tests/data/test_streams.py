@@ -31,6 +31,31 @@ def test_the_order_of_a_hundred_classes_under_seed_1993_is_the_published_one(ima
     assert names == [classes[2 * place + 1] for place in order]
 
 
+@pytest.mark.parametrize(
+    ("count", "seed", "first"),
+    [
+        (100, 2024, [55, 17, 75, 11, 2, 29, 49, 48, 41, 45]),
+        (100, 2025, [79, 92, 13, 3, 76, 63, 64, 88, 48, 38]),
+        (100, 2026, [16, 17, 97, 10, 91, 31, 12, 64, 84, 55]),
+        (200, 2024, [192, 54, 163, 105, 170, 138, 69, 57, 36, 61]),
+    ],
+)
+def test_pcg64_gives_the_orders_that_the_code_of_vpt_nsp2_uses(image_folder, count, seed, first):
+    classes = [f"{label:03d}" for label in range(count)]
+    name = f"folder:{image_folder(classes=classes, train_count=1, test_count=1)}"
+    stream = built(name=name, tasks=10, order_seed=seed, order="pcg64")
+    assert [int(each) for task in stream for each in task.classes][:10] == first
+    assert len({each for task in stream for each in task.classes}) == count
+
+
+def test_pcg64_shuffles_the_labels_that_are_kept():
+    streams = [built(name="digits", tasks=1, classes="odd", order_seed=3, order=order) for order in ("pcg64", None)]
+    orders = [stream.tasks[0].classes for stream in streams]
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+    legacy = built(name="digits", tasks=1, classes="odd", order_seed=3, order="legacy")
+    assert legacy.fingerprint == streams[1].fingerprint != streams[0].fingerprint
+
+
 def test_column_k_is_the_kth_class_to_arrive(folder):
     stream = built(name=folder, tasks=[1, 3, 1])
     assert [task.columns for task in stream] == [[0], [1, 2, 3], [4]]
@@ -136,6 +161,7 @@ def test_presets_are_pinned(name, classes, per_class):
         "name": name,
         "tasks": 10,
         "order_seed": 1993,
+        "order": None,
         "classes": classes,
         "per_class": per_class,
         "test_per_class": None,

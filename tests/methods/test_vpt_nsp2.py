@@ -9,10 +9,12 @@ import torch
 from lamina.errors import ConfigError
 from lamina.methods.vpt_nsp2 import VPTNSP2
 from lamina.model import Batch
-from lamina.protections.spectrum import free_directions
+from lamina.protections.projector import Blend
+from lamina.protections.spectrum import Cut
 from tests.streams import SPEC, blobs, trainer_of
 
-SMALL = VPTNSP2(length=5, epochs=2, batch_size=8, eta=1.0, knee="code", temperature=1.0)
+CHEAP = {"length": 5, "epochs": 2, "batch_size": 8, "temperature": 1.0}
+SMALL = VPTNSP2(**CHEAP, eta1=1.0, eta2=1.0, knee="code")
 
 
 @pytest.fixture
@@ -58,8 +60,7 @@ def test_a_step_has_no_part_that_old_images_use(after_one_task):
         optimizer.step()
     for i in prompts.layers:
         step = (prompts.value(i).detach() - before[i]).double()  # (M, D)
-        channels = free_directions(null_space.channels(i), "code")
-        tokens = free_directions(null_space.attention[i], "code")
+        channels, tokens = (null_space.spectra(i)[side].free(Cut(knee="code")) for side in ("channels", "tokens"))
         assert step.norm() > 1e-4
         assert (step - step @ channels @ channels.T).norm() < 1e-4 * step.norm()
         assert (step - tokens @ tokens.T @ step).norm() < 1e-4 * step.norm()
@@ -143,7 +144,7 @@ def test_it_forgets_less_than_the_same_prompts_without_protection(tiny_vit, stre
     drift = {}
     for name, settings in {
         "protected": SMALL,
-        "free": SMALL.model_copy(update={"eta": 0.0, "moments": 0.0}),
+        "free": SMALL.model_copy(update={"eta1": 0.0, "eta2": 0.0, "moments": 0.0}),
     }.items():
         trainer = trainer_of(settings, tiny_vit)
         trainer.learn(stream.tasks[0])
@@ -159,34 +160,154 @@ def test_it_forgets_less_than_the_same_prompts_without_protection(tiny_vit, stre
 
 def test_defaults_are_the_papers(stream):
     """Ten tasks of CIFAR-100 on a ViT-B/16: table and text of Lu et al."""
-    published = {"length": 4, "eta": 0.97, "moments": 1.0, "temperature": 28.0, "batch_size": 256, "lr": 0.01}
     settings = VPTNSP2()
-    assert {name: getattr(settings, name) for name in published} == published
-    assert (settings.epochs, settings.weight_decay, settings.knee) == (100, 5e-5, "paper")
+    assert settings.model_dump() == {
+        "length": 4, "epochs": 100, "batch_size": 256, "lr": 0.01, "weight_decay": 5e-5, "temperature": 28.0,
+        "head": "linear", "eta1": 0.97, "eta2": 0.97, "use_b1": True, "use_b2": True, "use_ln_loss": True,
+        "moments": 1.0, "knee": "paper", "kept": 0.99, "multiple": 10.0, "normalize": True, "gain_control": False,
+        "ln_correction": "none", "center": False, "parity": "paper",
+    }  # fmt: skip
     (phase,) = settings.phases(stream.tasks[0])
     factors = [phase.schedule(epoch / 10) for epoch in range(10)]
     assert factors == pytest.approx([1, 1, 1, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01])
-    assert phase.classes == "task"
+    assert (phase.classes, phase.epochs, phase.repeat) == ("task", 100, 1)
+
+
+def sides(trainer, tower, **changes):
+    """Left and right factor of block 1 under other settings, with the prompts and sums of a finished task."""
+    prompts, null_space, _ = parts(trainer)
+    learner = SMALL.model_copy(update=changes).build(tower)
+    learner.model.prompts.load_state_dict(prompts.state_dict())
+    other = learner.protections[0]
+    other.load_state_dict(null_space.state_dict())
+    projection = other.projections()[other.prompts.value(1)]
+    return projection.left, projection.right
 
 
 @pytest.mark.parametrize(
-    ("setting", "value", "message"),
+    ("changes", "left", "right"),
     [
-        ("eta", 1.5, "VPTNSP2.eta must be between 0 and 1; got 1.5"),
-        ("length", 2, "VPTNSP2.length must be at least 3; got 2"),
-        ("epochs", "ten", "VPTNSP2.epochs must be a whole number; got 'ten' (str)"),
-        ("knee", "best", "VPTNSP2.knee must be 'paper' or 'code'; got 'best'"),
+        ({"eta1": 0.5}, "same", "other"),
+        ({"eta2": 0.5}, "other", "same"),
+        ({"use_b1": False}, "same", None),
+        ({"use_b2": False}, None, "same"),
+        ({"knee": "paper"}, "other", "other"),
+        ({"knee": "energy", "kept": 0.9999999}, "other", "other"),
+        ({"knee": "multiple", "multiple": 1e9}, "other", "other"),
+        ({"normalize": False}, "other", "other"),
+        ({"gain_control": True}, "other", "other"),
+        ({"ln_correction": "affine"}, "other", "other"),
+        ({"center": True}, "same", "other"),
+    ],
+    ids=str,
+)
+def test_a_setting_changes_the_factor_it_speaks_of_and_no_other(after_one_task, tiny_vit, changes, left, right):
+    for block in tiny_vit.model.blocks:  # else its norms would do nothing but normalise
+        block.norm1.weight.data = torch.linspace(0.1, 3, 24)
+    usual = sides(after_one_task, tiny_vit)
+    for found, ours, expected in zip(sides(after_one_task, tiny_vit, **changes), usual, (left, right), strict=True):
+        said = None if found is None else "same" if torch.allclose(found, ours, rtol=0, atol=1e-4) else "other"
+        assert said == expected
+
+
+def test_the_numbers_of_a_rule_are_those_of_the_settings(tiny_vit):
+    given = {"kept": 0.875, "multiple": 3.5, "eta1": 0.25, "eta2": 0.75, "normalize": False, "gain_control": True}
+    for knee in ("paper", "code", "energy", "multiple"):
+        null_space = VPTNSP2(knee=knee, **given).build(tiny_vit).protections[0]
+        assert null_space.cut == Cut(knee=knee, kept=0.875, multiple=3.5)
+        assert null_space.blends == {
+            "channels": Blend(eta=0.25, normalize=False, gain_control=True),
+            "tokens": Blend(eta=0.75, normalize=False, gain_control=True),
+        }
+
+
+@pytest.mark.parametrize(("changes", "weight"), [({}, 1.0), ({"moments": 0.5}, 0.5), ({"use_ln_loss": False}, 0.0)])
+def test_the_loss_on_moments_has_its_weight_and_can_be_left_out(after_one_task, tiny_vit, changes, weight):
+    moments = SMALL.model_copy(update=changes).build(tiny_vit).protections[1]
+    moments.end_look(lambda total: total)
+    with torch.no_grad():
+        for value in moments.prompts.parameters():
+            value.add_(0.25)
+    terms = moments.terms(model=None)
+    assert {name: term.item() for name, term in terms.items()} == (
+        {"moments": pytest.approx(weight * 3 * 0.25, rel=1e-5)} if weight else {}
+    )
+
+
+# ── parity with the released code ────────────────────────────────────────────────────────────────────
+
+
+def test_official_decays_after_four_and_seven_of_ten_passes_over_ten_shuffled_together(stream):
+    settings = VPTNSP2(parity="official")
+    (phase,) = settings.phases(stream.tasks[0])
+    assert (phase.epochs, phase.repeat, phase.batch_size, phase.classes) == (10, 10, 256, "task")
+    for count in (10, 1960):  # steps of a task
+        factors = [phase.schedule(step / count) for step in range(0, count, count // 10)]
+        assert factors == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01])
+
+
+def test_official_counts_the_steps_of_images_repeated_ten_times(tiny_vit, stream):
+    for parity, steps in (("official", 2 * 34), ("paper", 20 * 4)):  # 27 images, 8 at a time
+        settings = VPTNSP2(**CHEAP | {"epochs": 20}, parity=parity)
+        trainer = trainer_of(settings, tiny_vit)
+        assert trainer.feed.steps(stream.tasks[0].train, settings.phases(stream.tasks[0])[0]) == steps
+
+
+@pytest.mark.parametrize("head", ["linear", "statistics"])
+def test_official_cuts_by_value_sums_means_of_batches_and_starts_heads_as_the_code_does(tiny_vit, head):
+    learner = VPTNSP2(parity="official", kept=0.5, head=head).build(tiny_vit)
+    null_space, _ = learner.protections
+    assert null_space.cut == Cut(knee="official", kept=0.5) and null_space.batch_means
+    layers = learner.model.head if head == "linear" else learner.model.head.trained
+    assert layers.start == "released"
+    plain = VPTNSP2(head=head).build(tiny_vit)
+    assert not plain.protections[0].batch_means
+    assert (plain.model.head if head == "linear" else plain.model.head.trained).start == "small"
+
+
+def test_official_goes_through_two_tasks_and_warms_the_second_head(tiny_vit, stream):
+    trainer = trainer_of(VPTNSP2(**CHEAP | {"epochs": 10}, parity="official"), tiny_vit)
+    trainer.learn(stream.tasks[0])
+    first = trainer.learner.model.head.blocks[0].weight.clone()
+    trainer.learner.model.begin_task(stream.tasks[1])
+    assert torch.equal(trainer.learner.model.head.blocks[1].weight, first)
+    assert trainer.learner.protections[0].rows == 5  # 27 images in batches of 6
+
+
+def test_official_settings_come_back_from_what_is_saved():
+    settings = VPTNSP2(parity="official", epochs=50)
+    assert settings.knee == "code" and VPTNSP2(**settings.model_dump()) == settings
+    assert VPTNSP2(parity="official", knee="code", epochs=50) == settings
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"eta1": 1.5}, "VPTNSP2.eta1 must be between 0 and 1; got 1.5"),
+        ({"eta2": -0.1}, "VPTNSP2.eta2 must be between 0 and 1; got -0.1"),
+        ({"kept": 1.1}, "VPTNSP2.kept must be between 0 and 1; got 1.1"),
+        ({"multiple": 0.5}, "VPTNSP2.multiple must be at least 1.0; got 0.5"),
+        ({"length": 2}, "VPTNSP2.length must be at least 3; got 2"),
+        ({"epochs": "ten"}, "VPTNSP2.epochs must be a whole number; got 'ten' (str)"),
+        ({"knee": "best"}, "VPTNSP2.knee must be 'paper', 'code', 'energy' or 'multiple'; got 'best'"),
+        ({"knee": "official"}, "VPTNSP2.knee must be 'paper', 'code', 'energy' or 'multiple'; got 'official'"),
         (
-            "etaa",
-            1.0,
-            "VPTNSP2: no setting is called 'etaa'; did you mean 'eta'? Known: batch_size, epochs, eta, knee, length, "
-            "lr, moments, temperature, weight_decay",
+            {"parity": "official", "knee": "paper"},
+            'knee must be left out or "code" with parity="official"; got \'paper\'',
+        ),
+        ({"parity": "official", "epochs": 25}, 'epochs must be a multiple of 10 with parity="official"; got 25'),
+        (
+            {"eta": 1.0},
+            "VPTNSP2: no setting is called 'eta'; did you mean 'eta2'? Known: batch_size, center, epochs, eta1, eta2, "
+            "gain_control, head, kept, knee, length, ln_correction, lr, moments, multiple, normalize, parity, "
+            "temperature, use_b1, use_b2, use_ln_loss, weight_decay",
         ),
     ],
+    ids=str,
 )
-def test_a_wrong_setting_says_what_would_be_right(setting, value, message):
+def test_a_wrong_setting_says_what_would_be_right(values, message):
     with pytest.raises(ConfigError) as error:
-        VPTNSP2(**{setting: value})
+        VPTNSP2(**values)
     assert str(error.value) == message
 
 

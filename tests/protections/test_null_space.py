@@ -5,10 +5,14 @@ import torch
 from torch.nn import functional as F
 
 from lamina.backbones.tower import Probe
-from lamina.errors import ShapeError
+from lamina.errors import ConfigError, ShapeError, UnsupportedBackbone
 from lamina.prompts.deep import DeepPrompts
 from lamina.protections.null_space import NullSpace
-from lamina.protections.spectrum import nullity
+from lamina.protections.projector import Blend, Spectrum
+from lamina.protections.spectrum import Cut, nullity
+
+CODE = Cut(knee="code")
+FULL = Blend()
 
 
 class Block:
@@ -16,6 +20,8 @@ class Block:
 
     def __init__(self, generator):
         self.key_weight = torch.randn(6, 6, generator=generator)
+        self.first_norm = torch.nn.LayerNorm(6, eps=1e-3)
+        self.first_norm.weight.data = torch.rand(6, generator=generator) + 0.2
 
 
 class FakeTower:
@@ -31,10 +37,10 @@ class FakeTower:
         return self._blocks
 
 
-def probe(tower, layer, images, seed=0):
+def probe(tower, layer, images, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
-    queries = torch.randn(images, 2, 7, 3, generator=generator)
-    weights = torch.randn(images, 2, 7, 5, generator=generator).softmax(-1)
+    queries = torch.randn(images, 2, 7, 3, generator=generator).to(dtype)
+    weights = torch.randn(images, 2, 7, 5, generator=generator).to(dtype).softmax(-1)
     return Probe(layer, torch.zeros(images, 7, 6), queries, weights, tower.blocks()[layer].key_weight)
 
 
@@ -55,8 +61,20 @@ def tower():
     return FakeTower()
 
 
-def protection(tower, layers=range(2), eta=1.0, knee="code"):
-    return NullSpace(tower, DeepPrompts(layers, 5, 6), eta=eta, knee=knee)
+def protection(tower, layers=range(2), cut=CODE, channels=FULL, tokens=FULL, normed=False, **options):
+    prompts = DeepPrompts(layers, 5, 6, normed=normed)
+    return NullSpace(tower, prompts, cut=cut, channels=channels, tokens=tokens, **options)
+
+
+def both(**values):
+    """The same blend of channels and of tokens."""
+    return {"channels": Blend(**values), "tokens": Blend(**values)}
+
+
+def maps(null_space, layer=0):
+    """Left and right factor of a block's projection."""
+    projection = null_space.projections()[null_space.prompts.value(layer)]
+    return projection.left, projection.right
 
 
 def test_there_is_nothing_to_project_before_a_task_is_over(tower):
@@ -118,27 +136,175 @@ def test_blocks_without_prompts_are_not_kept(tower):
     assert list(null_space.queries) == [1]
 
 
-def gains(matrix):
-    return torch.linalg.eigvalsh(matrix.double())
+# ── what becomes of the sums ─────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.6, 0.97, 1.0])
-def test_a_blend_has_two_gains(tower, eta):
-    """eta / sqrt(R) + 1 - eta on the R free directions, 1 - eta on the others (A8-6)."""
-    null_space = looked(protection(tower, eta=eta), probe(tower, 0, 4))
-    for blend in vars(null_space.projections()[null_space.prompts.value(0)]).values():
-        found = gains(blend)
-        free = int((found > 1 - eta + 1e-6).sum()) if eta else len(blend)
-        expected = torch.full((len(blend),), 1 - eta, dtype=torch.float64)
-        expected[len(blend) - free :] += eta / free**0.5
-        torch.testing.assert_close(found, expected if eta else torch.ones_like(found), rtol=0, atol=1e-6)
-        assert free > 0
+def test_channels_are_projected_on_the_right_and_tokens_on_the_left_each_by_a_blend_of_its_own(tower):
+    blends = {"channels": Blend(eta=0.9), "tokens": Blend(eta=0.5, normalize=False)}
+    null_space = looked(protection(tower, **blends), probe(tower, 0, 4))
+    left, right = maps(null_space)
+    for found, blend, moment in (
+        (left, blends["tokens"], null_space.attention[0]),
+        (right, blends["channels"], null_space.channels(0)),
+    ):
+        torch.testing.assert_close(found, blend(Spectrum.of(moment).free(CODE)).float(), rtol=1e-6, atol=1e-6)
+
+
+def test_the_cut_is_the_one_that_was_asked_for(tower):
+    for cut, free in ((Cut(knee="energy", kept=0.0), 6), (Cut(knee="energy", kept=1.0), 0), (None, 0)):
+        null_space = looked(protection(tower, cut=cut, **both(normalize=False)), probe(tower, 0, 4))
+        assert float(maps(null_space)[1].trace()) == pytest.approx(free, abs=1e-5)
+
+
+def test_a_side_without_a_blend_lets_everything_through(tower):
+    for name, place in (("tokens", 0), ("channels", 1)):
+        found = maps(looked(protection(tower, **{name: None}), probe(tower, 0, 4)))
+        assert found[place] is None and found[1 - place] is not None
 
 
 def test_eta_zero_is_the_identity(tower):
-    null_space = looked(protection(tower, eta=0.0), probe(tower, 0, 4))
-    for blend in vars(null_space.projections()[null_space.prompts.value(0)]).values():
-        torch.testing.assert_close(blend, torch.eye(len(blend)))
+    null_space = looked(protection(tower, **both(eta=0.0)), probe(tower, 0, 4))
+    assert [torch.equal(found, torch.eye(len(found))) for found in maps(null_space)] == [True, True]
+
+
+def test_where_no_tokens_are_free_steps_stop_unless_channels_alone_may_protect(tower):
+    """The attention to 5 tokens has full rank, that of queries confined to one direction a head has not."""
+    seen = probe(tower, 0, 4, dtype=torch.float64)
+    flat = seen.queries.clone()
+    flat[..., 1:] = 0
+    seen = Probe(0, seen.inputs, flat, seen.to_prompts, seen.key_weight)
+    exact = {"cut": Cut(knee="energy", kept=1.0), **both(normalize=False)}
+    left, right = maps(looked(protection(tower, **exact), seen))
+    assert not left.any() and float(right.trace()) == pytest.approx(4)
+    alone = looked(protection(tower, **exact, right_alone=True), seen)
+    assert maps(alone)[0] is None and torch.equal(maps(alone)[1], right)
+    alone.cut = None  # nothing may move at all
+    assert not maps(alone)[0].any() and not maps(alone)[1].any()
+    some_free = looked(protection(tower, right_alone=True), seen)
+    assert maps(some_free)[0] is not None
+
+
+# ── what a norm does to prompts ──────────────────────────────────────────────────────────────────────
+
+
+def as_the_norm_has_it(null_space, tower, layer):
+    """Second moments (6, 6) of `Q Wk diag(a)` and (5, 5) of `S diag(1 / s)`, from their definition."""
+    norm, prompt = tower.blocks()[layer].first_norm, null_space.prompts.value(layer).detach().double()
+    deviation = (prompt.var(-1, unbiased=False) + norm.eps).sqrt()
+    weight, scale = torch.diag(norm.weight.detach().double()), torch.diag(1 / deviation)
+    return weight @ null_space.channels(layer) @ weight, scale @ null_space.attention[layer] @ scale
+
+
+def test_the_affine_correction_counts_in_the_weight_and_the_deviations_of_the_norm(tower):
+    null_space = looked(protection(tower, ln_correction="affine"), probe(tower, 0, 4), probe(tower, 1, 4))
+    for layer in range(2):
+        channels, tokens = as_the_norm_has_it(null_space, tower, layer)
+        found = null_space.spectra(layer)
+        for side, moment in (("channels", channels), ("tokens", tokens)):
+            values, basis = found[side]
+            torch.testing.assert_close(basis * values @ basis.T, moment, rtol=1e-9, atol=1e-9)
+        assert {room.layer for room in null_space.room()} == {0, 1}
+    plain = looked(protection(tower), probe(tower, 0, 4))
+    assert not torch.allclose(plain.spectra(0)["channels"].values, null_space.spectra(0)["channels"].values, rtol=0.1)
+
+
+def test_a_norm_without_weight_is_corrected_for_its_deviations_alone(tower):
+    tower.blocks()[0].first_norm.weight = None
+    null_space = looked(protection(tower, ln_correction="affine"), probe(tower, 0, 4))
+    expected = torch.linalg.eigvalsh(null_space.channels(0))
+    torch.testing.assert_close(null_space.spectra(0)["channels"].values, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_norm_is_linearised_where_the_last_task_ended_whatever_the_prompts_do_afterwards(tower):
+    """A run that resumes in the middle of a task makes the projections that an unbroken one has."""
+    null_space = looked(protection(tower, ln_correction="affine"), probe(tower, 0, 4), probe(tower, 1, 4))
+    before = maps(null_space, 1)
+    null_space.prompts.value(1).data *= torch.tensor([[1.0], [5.0], [0.2], [3.0], [1.0]])
+    again = protection(tower, ln_correction="affine")
+    again.prompts.load_state_dict(null_space.prompts.state_dict())
+    again.load_state_dict(null_space.state_dict())
+    for same in (null_space, again):
+        assert all(torch.equal(one, other) for one, other in zip(maps(same, 1), before, strict=True))
+    looked(null_space, probe(tower, 0, 4), probe(tower, 1, 4))
+    assert not torch.allclose(maps(null_space, 1)[0], before[0], atol=1e-3)
+
+
+def test_a_memory_from_before_the_correction_was_asked_for_is_completed(tower):
+    plain = looked(protection(tower), probe(tower, 0, 4), probe(tower, 1, 4))
+    assert "deviations" not in plain.state_dict()
+    later = protection(tower, ln_correction="affine")
+    later.prompts.load_state_dict(plain.prompts.state_dict())
+    later.load_state_dict(plain.state_dict())
+    want = looked(protection(tower, ln_correction="affine"), probe(tower, 0, 4), probe(tower, 1, 4))
+    want.prompts.load_state_dict(plain.prompts.state_dict())
+    want._linearise()
+    assert torch.equal(maps(later)[0], maps(want)[0])
+
+
+@pytest.mark.parametrize("ln_correction", ["none", "affine"])
+def test_centring_counts_in_that_the_norm_takes_the_mean_away(tower, ln_correction):
+    null_space = looked(protection(tower, ln_correction=ln_correction, center=True), probe(tower, 0, 4))
+    moment = null_space.channels(0) if ln_correction == "none" else as_the_norm_has_it(null_space, tower, 0)[0]
+    centring = torch.eye(6, dtype=torch.float64) - 1 / 6
+    values, basis = null_space.spectra(0)["channels"]
+    torch.testing.assert_close(basis * values @ basis.T, centring @ moment @ centring, rtol=1e-9, atol=1e-9)
+    assert basis[:, 0].std() < 1e-6 and values[0] == pytest.approx(0, abs=1e-9)  # a shift of all channels is free
+
+
+@pytest.mark.parametrize("options", [{"ln_correction": "affine"}, {"center": True}])
+def test_prompts_after_the_norm_need_no_correction_for_it(tower, options):
+    with pytest.raises(ConfigError) as error:
+        protection(tower, normed=True, **options)
+    assert str(error.value) == (
+        "ln_correction and center are for prompts that a norm changes; these enter after it, so leave both out"
+    )
+
+
+def test_another_kind_of_norm_cannot_be_corrected_for(tower):
+    tower.blocks()[1].first_norm = None
+    with pytest.raises(UnsupportedBackbone) as error:
+        looked(protection(tower, ln_correction="affine"), probe(tower, 0, 4), probe(tower, 1, 4))
+    assert str(error.value) == (
+        'the first norm of block 1 is no layer norm, so lamina cannot correct for it; leave ln_correction at "none"'
+    )
+
+
+# ── what is gathered ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_means_of_batches_weigh_a_small_batch_as_much_as_a_large_one(tower):
+    seen = probe(tower, 0, 4)
+    null_space = looked(protection(tower, batch_means=True), some(seen, 0, 1), some(seen, 1, 4))
+    parts = [looked(protection(tower), some(seen, *ends)) for ends in ((0, 1), (1, 4))]
+    rows = [1 * 2 * 7, 3 * 2 * 7]
+    tokens, channels = (
+        sum(sums(part) / count for part, count in zip(parts, rows, strict=True))
+        for sums in (lambda part: part.attention[0], lambda part: part.channels(0))
+    )
+    torch.testing.assert_close(null_space.attention[0], tokens)
+    torch.testing.assert_close(null_space.channels(0), channels)
+    assert null_space.rows == 2
+
+
+def test_a_memory_of_batch_means_is_felt_as_means_over_rows_are(tower):
+    seen = [probe(tower, 0, 4), probe(tower, 1, 4, seed=3)]
+    felt = []
+    for batch_means in (False, True):
+        torch.manual_seed(2)
+        null_space = looked(protection(tower, batch_means=batch_means), *seen)
+        before = moved_by(null_space, {0: torch.randn(5, 6), 1: torch.randn(5, 6)})
+        felt.append([found.moved for found in null_space.felt(before, null_space.state_dict())])
+    assert felt[0] == pytest.approx(felt[1], rel=1e-6)
+
+
+def test_probes_in_double_precision_lose_nothing(tower):
+    seen = probe(tower, 0, 4, dtype=torch.float64)
+    null_space = looked(protection(tower), seen)
+    rows, queries = seen.to_prompts.flatten(0, 2), seen.queries.transpose(0, 1).flatten(1, 2)
+    torch.testing.assert_close(null_space.attention[0], rows.T @ rows, rtol=0, atol=1e-12)
+    torch.testing.assert_close(null_space.queries[0], queries.mT @ queries, rtol=0, atol=1e-12)
+    split = looked(protection(tower), some(seen, 0, 3), some(seen, 3, 4))
+    torch.testing.assert_close(split.queries[0], null_space.queries[0], rtol=1e-12, atol=0)
 
 
 def test_used_directions_are_shut_and_free_ones_open(tower):
@@ -162,15 +328,17 @@ def test_what_is_remembered_is_exactly_symmetric(tower):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
+        ("deviations", {0: torch.ones(5), 1: torch.ones(6)}, "deviations of block 1 must have shape (5,); got (6,)"),
+        ("deviations", {0: torch.ones(5), 1: torch.zeros(5)}, "deviations must be above 0"),
         ("queries", {0: torch.ones(2, 3, 3)}, "queries must be there for blocks [0, 1]; got [0]"),
         ("queries", {0: torch.ones(2, 3, 3), 1: torch.ones(2, 3, 4)}, "queries of block 1 must have shape (2, 3, 3)"),
         ("attention", {0: torch.ones(6, 6), 1: torch.ones(5, 5)}, "attention of block 0 must have shape (5, 5)"),
     ],
 )
 def test_sums_that_do_not_fit_are_refused(tower, name, value, message):
-    state = looked(protection(tower), probe(tower, 0, 4), probe(tower, 1, 4)).state_dict()
+    null_space = looked(protection(tower, ln_correction="affine"), probe(tower, 0, 4), probe(tower, 1, 4))
     with pytest.raises(ShapeError) as error:
-        protection(tower).load_state_dict({**state, name: value})
+        protection(tower, ln_correction="affine").load_state_dict({**null_space.state_dict(), name: value})
     assert str(error.value).startswith(message)
 
 
@@ -183,20 +351,23 @@ def normalised(prompt):
 
 def moved_by(null_space, moves):
     """Move the prompts; return them as they were."""
-    before = DeepPrompts(null_space.prompts.layers, 5, 6)
+    before = DeepPrompts(null_space.prompts.layers, 5, 6, normed=null_space.prompts.normed)
     for layer, move in moves.items():
         before.value(layer).data.copy_(null_space.prompts.value(layer))
         null_space.prompts.value(layer).data += move
     return before
 
 
-def test_what_images_feel_is_the_sum_over_rows_that_the_docstring_defines(tower):
+@pytest.mark.parametrize("normed", [False, True])
+def test_what_images_feel_is_the_sum_over_rows_that_the_docstring_defines(tower, normed):
+    """Prompts that enter after the norm are felt as they are."""
     seen = [probe(tower, 0, 4), probe(tower, 1, 4, seed=3)]
-    null_space = looked(protection(tower), *seen)
+    null_space = looked(protection(tower, normed=normed), *seen)
+    attended = (lambda prompt: prompt.detach().double()) if normed else normalised
     before = moved_by(null_space, {0: torch.randn(5, 6), 1: 0.1 * torch.randn(5, 6)})
     for felt, block in zip(null_space.felt(before, null_space.state_dict()), seen, strict=True):
-        new = normalised(null_space.prompts.value(felt.layer))
-        move = new - normalised(before.value(felt.layer))
+        new = attended(null_space.prompts.value(felt.layer))
+        move = new - attended(before.value(felt.layer))
         weights = block.to_prompts.double().flatten(0, 2)  # rows: image, head, token
         keys = (move @ block.key_weight.double().T).unflatten(-1, (2, 3))  # (M, H, d)
         logits = torch.einsum("bhnd,mhd->bhnm", block.queries.double(), keys).flatten(0, 2) / 3**0.5
@@ -234,7 +405,7 @@ def test_what_came_since_is_what_the_newer_images_alone_would_leave(tower):
 
 
 def test_room_counts_the_directions_that_old_images_use(tower):
-    null_space = looked(protection(tower, knee="paper"), probe(tower, 0, 4), probe(tower, 1, 4))
+    null_space = looked(protection(tower, cut=Cut(knee="paper")), probe(tower, 0, 4), probe(tower, 1, 4))
     rooms = null_space.room()
     assert [(room.layer, room.what, room.size) for room in rooms] == [
         (0, "channels", 6), (0, "tokens", 5), (1, "channels", 6), (1, "tokens", 5)
@@ -242,7 +413,7 @@ def test_room_counts_the_directions_that_old_images_use(tower):
     for room in rooms:
         moment = null_space.channels(room.layer) if room.what == "channels" else null_space.attention[room.layer]
         values = torch.linalg.eigvalsh(moment).flip(0)
-        assert room.size - room.used == nullity(values, "paper")
+        assert room.size - room.used == nullity(values, Cut(knee="paper"))
         assert room.kept == pytest.approx(float(values[: room.used].sum() / values.sum()), rel=1e-9)
 
 

@@ -42,6 +42,11 @@ def make(matrix=MATRIX, aware=None, **changes):
     return Record(**{**values, **changes})
 
 
+def drift(scale=1.0):
+    """Drift of 4 tasks in 5 blocks: after task t, 0.01 * (t - i) * (block + 1) times `scale` for task i."""
+    return [[[scale * 0.01 * (t - i) * (b + 1) for b in range(5)] for i in range(t + 1)] for t in range(4)]
+
+
 @pytest.fixture
 def record():
     return make()
@@ -51,6 +56,12 @@ def record():
 def make_record():
     """The function that makes records."""
     return make
+
+
+@pytest.fixture
+def make_drift():
+    """The function that makes drifts."""
+    return drift
 
 
 @pytest.fixture

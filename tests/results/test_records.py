@@ -39,6 +39,73 @@ def test_a_field_stands_on_a_line_of_its_own(record, tmp_path):
     assert len(lines) == len(dataclasses.fields(Record)) + 2
 
 
+# ── drift ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_record_with_drift_is_read_back(make_record, make_drift, tmp_path):
+    record = make_record(drift=make_drift())
+    record.write(tmp_path / "results.json")
+    assert Record.read(tmp_path / "results.json") == record and record.drift == make_drift()
+
+
+def test_a_file_from_before_drift_was_measured_is_a_record_without_any(record):
+    values = {name: value for name, value in record.as_dict().items() if name != "drift"}
+    assert Record.from_dict(values) == record
+    assert record.drift == [] and record.old_drift == []
+
+
+def test_the_drift_of_old_tasks_leaves_out_the_newest_and_averages_the_others(make_record, make_drift):
+    """After task t the old ones moved by 0.01 to 0.01 * t in block 0, in block l by l + 1 times that."""
+    drift = [[*row[:-1], [0.9] * 5] for row in make_drift()]
+    old = make_record(drift=drift).old_drift
+    assert [len(blocks) for blocks in old] == [5, 5, 5]
+    for blocks, first in zip(old, (0.01, 0.015, 0.02), strict=True):
+        assert blocks == pytest.approx([first * (block + 1) for block in range(5)])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"drift": "far"}, "must be a list of rows of lists of numbers, at least 0; got 'far'"),
+        ({"drift": [[0.5]]}, "must be a list of rows of lists of numbers, at least 0; got [[0.5]]"),
+        ({"drift": [[[-0.5]]]}, "must be a list of rows of lists of numbers, at least 0; got [[[-0.5]]]"),
+        ({"drift": [[[True]]]}, "must be a list of rows of lists of numbers, at least 0; got [[[True]]]"),
+        (
+            {"drift": [[[0.5]], [[0.5], [0.5]]]},
+            "must have 4 rows, of 1 to 4 lists with a number for each block; got [[1], [1, 1]]",
+        ),
+        (
+            {"drift": [[[0.5] * 2] * (1 + (t > 0)) for t in range(4)]},
+            "must have 4 rows, of 1 to 4 lists with a number for each block; got [[2], [2, 2], [2, 2], [2, 2]]",
+        ),
+        (
+            {"drift": [[[0.5] * (2 + (i == 3)) for i in range(t + 1)] for t in range(4)]},
+            "must have 4 rows, of 1 to 4 lists with a number for each block; "
+            "got [[2], [2, 2], [2, 2, 2], [2, 2, 2, 3]]",
+        ),
+        (
+            {"drift": [[[] for _ in range(t + 1)] for t in range(4)]},
+            "must have 4 rows, of 1 to 4 lists with a number for each block; "
+            "got [[0], [0, 0], [0, 0, 0], [0, 0, 0, 0]]",
+        ),
+        (
+            {"drift": [[], [[0.5]], [[0.5]], [[0.5]]]},
+            "must have 4 rows, of 1 to 4 lists with a number for each block; got [[], [1], [1], [1]]",
+        ),
+    ],
+)
+def test_drift_of_another_shape_is_refused(make_record, change, message):
+    with pytest.raises(DataError) as error:
+        make_record(**change)
+    assert str(error.value) == f"Record.drift {message}"
+
+
+def test_a_run_that_learned_all_at_once_has_no_drift(make_record):
+    with pytest.raises(DataError) as error:
+        make_record([[0.9, 0.8, 0.7, 0.6]], drift=[[[0.0]]])
+    assert str(error.value) == "Record.drift must be empty where all tasks were learned at once; got 1"
+
+
 # ── writing ────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from lamina.errors import DataError, StorageError
-from lamina.results.figures import accuracy_curve, accuracy_matrix, forgetting_by_task
+from lamina.results.figures import accuracy_curve, accuracy_matrix, drift_curves, forgetting_by_task
 from lamina.results.report import report, write_report
 from lamina.results.tables import aggregate
 
@@ -242,3 +242,68 @@ def test_forgetting_of_each_task_is_averaged_over_seeds_and_gains_are_told_apart
 def test_forgetting_is_left_out_where_nothing_can_be_forgotten(mixed):
     assert forgetting_by_task(aggregate(mixed[5:])) is None
     assert "Forgetting of each task" not in report(mixed[5:])
+
+
+@pytest.fixture
+def drifted(seeds, make_record, make_drift):
+    """Two of three seeds measured drift, one twice as much; another method a tenth; one none at all."""
+    return [
+        *(dataclasses.replace(run, drift=make_drift(1 + run.seed)) for run in seeds[:2]),
+        seeds[2],
+        make_record(method="calm", drift=make_drift(0.1)),
+        make_record(method="unmeasured"),
+    ]
+
+
+def test_drift_is_drawn_by_task_and_by_block_where_it_was_measured(drifted):
+    """After tasks 2, 3 and 4, old features (block 4 of 0 to 4) moved by 5, 7.5 and 10 %, or twice as far."""
+    (row, noisy), (other, calm) = drift_curves(aggregate(drifted))
+    assert (row.name, other.name) == ("vpt-nsp2", "calm")
+    assert re.findall("<title>(.*?)</title>", noisy) == [
+        "vpt-nsp2, after task 2: 7.5 ± 3.5 %, 2 runs",
+        "vpt-nsp2, after task 3: 11.3 ± 5.3 %, 2 runs",
+        "vpt-nsp2, after task 4: 15.0 ± 7.1 %, 2 runs",
+        *(f"vpt-nsp2, block {b}: {3 * (b + 1)}.0 ± {1.414 * (b + 1):.1f} %, 2 runs" for b in range(5)),
+    ]
+    assert re.findall("<title>(.*?)</title>", calm) == [
+        "calm, after task 2: 0.5 %", "calm, after task 3: 0.8 %", "calm, after task 4: 1.0 %",
+        "calm, block 0: 0.2 %", "calm, block 1: 0.4 %", "calm, block 2: 0.6 %",
+        "calm, block 3: 0.8 %", "calm, block 4: 1.0 %",
+    ]  # fmt: skip
+    assert noisy.count("<polygon") == 2 and "<polygon" not in calm
+
+
+def test_drifts_share_one_scale_from_zero_and_keep_the_colours_of_their_methods(drifted):
+    (_, noisy), (_, calm) = drift_curves(aggregate(drifted))
+    for figure, colour in ((noisy, "c0"), (calm, "c1")):
+        assert set(re.findall('class="line (c[0-9])"', figure)) == {colour}
+        for drawing in figure.split("</svg>")[:2]:
+            assert re.findall('text-anchor="end">([^<]*)<', drawing) == ["0", "5", "10", "15", "20", "25"]
+            lowest = re.findall('class="grid"[^>]* y1="([^"]*)"', drawing)[0]
+            assert lowest == "180.0"
+    heights = [float(point.split(",")[1]) for point in re.findall('points="([^"]*)"', calm)[1].split()]
+    assert heights == [pytest.approx(180 - 168 * share / 125, abs=0.06) for share in (1, 2, 3, 4, 5)]
+
+
+def test_axes_of_drift_count_tasks_from_the_second_and_blocks_from_zero(drifted):
+    (_, noisy), _ = drift_curves(aggregate(drifted))
+    by_task, by_block, _ = noisy.split("</svg>")
+    assert re.findall('text-anchor="middle">([^<]*)<', by_task) == ["2", "3", "4", "tasks learned"]
+    assert re.findall('text-anchor="middle">([^<]*)<', by_block) == ["0", "1", "2", "3", "4", "block"]
+
+
+def test_features_that_never_moved_are_a_line_at_zero(make_record, make_drift):
+    ((_, figure),) = drift_curves(aggregate([make_record(drift=make_drift(0.0))]))
+    assert re.findall('points="([^"]*)"', figure)[0] == "44.0,180.0 195.0,180.0 346.0,180.0"
+    assert re.findall('text-anchor="end">([^<]*)<', figure)[:6] == ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]
+
+
+def test_drift_is_in_the_report_where_it_was_measured_and_nowhere_else(drifted, make_record):
+    page = report(drifted)
+    Balance(page)
+    assert text_of(page).count("Drift of old features") == 1
+    assert "Drift of old features" not in report([*drifted[2:3], drifted[-1]])
+    one = make_record([[0.8]], classes=[["ant", "bee"]], test_sizes=[30], drift=[[[0.0, 0.0]]])
+    assert "Drift of old features" not in report([one])
+    evil = dataclasses.replace(drifted[0], method=f"method{EVIL}")
+    assert "script" not in Balance(report([evil])).seen

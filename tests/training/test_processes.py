@@ -12,6 +12,7 @@ from lamina.methods.vpt_deep import VPTDeep
 from lamina.methods.vpt_nsp2 import VPTNSP2
 from lamina.runs import execute, plan
 from lamina.training.launch import launch
+from lamina.training.meter import DriftMeter
 from lamina.training.trainer import Stopped
 from tests.conftest import make_tiny_vit
 from tests.streams import blobs, trainer_of
@@ -27,7 +28,7 @@ HALFWAY = (1, 0, 2)
 
 
 def learn(fabric, settings, run_dir=None, stop=None):
-    trainer = trainer_of(settings, make_tiny_vit(), fabric=fabric, run_dir=run_dir)
+    trainer = trainer_of(settings, make_tiny_vit(), fabric=fabric, run_dir=run_dir, meter=DriftMeter(blobs()))
     if stop is not None:
         trainer.should_stop = lambda: trainer.position == stop
     trainer.restore(blobs())
@@ -41,6 +42,7 @@ def outcome(trainer):
         "learned": learner.model.learned(),
         "kept": [protection.state_dict() for protection in learner.protections],
         "matrices": [trainer.matrix, trainer.matrix_task_aware],
+        "drift": [torch.tensor(row) for row in trainer.meter.drift],
     }
 
 
@@ -101,11 +103,20 @@ def test_both_processes_know_the_accuracies_of_one(together, alone, name, rank):
     assert theirs["matrices"] == alone[name]["matrices"]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("name", METHODS)
+def test_both_processes_know_the_drift_that_one_measures(together, alone, name, rank):
+    """Of 11 images a task, 6 and 5."""
+    theirs = torch.load(together / f"{rank}.pt", weights_only=True)[name]
+    assert_close(alone[name]["drift"], theirs["drift"], 1e-5)
+
+
 def test_one_process_goes_on_where_two_stopped(together, alone):
     """The number of processes is free to change from a run to its continuation."""
     assert torch.load(together / "stopped" / "state.pt", weights_only=True)["position"] == HALFWAY
     trainer = learn(Fabric(accelerator="cpu", devices=1), METHODS["vpt-nsp2"], together / "stopped")
     assert_close(alone["vpt-nsp2"]["learned"], outcome(trainer)["learned"], 1e-6)
+    assert_close(alone["vpt-nsp2"]["drift"], outcome(trainer)["drift"], 1e-5)
     assert [trainer.matrix, trainer.matrix_task_aware] == alone["vpt-nsp2"]["matrices"]
     assert len((together / "stopped" / "log.jsonl").read_text().splitlines()) == 12
 
