@@ -30,9 +30,12 @@ class CosineHead(LinearHead):
 
     def begin_task(self, index: int, classes: Sequence[str], columns: Sequence[int]) -> None:
         super().begin_task(index, classes, columns)
-        for block in self.blocks:
-            block.bias.requires_grad_(False)
+        for name, part in self.blocks.named_parameters():
+            if name.endswith("bias"):
+                part.requires_grad_(False)
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Scores:
-        weight = F.normalize(torch.cat([block.weight for block in self.blocks]), dim=-1)
+        weight = F.normalize(
+            torch.cat([part for name, part in self.blocks.named_parameters() if name.endswith("weight")]), dim=-1
+        )
         return Scores(self.in_columns(self.scale * F.normalize(features, dim=-1) @ weight.mT))

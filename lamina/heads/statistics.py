@@ -38,7 +38,7 @@ class _ClosedForm(Head):
         self.trained = trained
         self.register_buffer("projection", torch.randn(features, width) if width else None)
         self.seen = ClassStatistics(width or features, moment=self.needs_moment)
-        self._made: tuple[Tensor, Tensor, Tensor] | None = None
+        self._made: list[Tensor] | None = None
 
     @property
     def statistics(self) -> ClassStatistics | None:
@@ -54,8 +54,7 @@ class _ClosedForm(Head):
         if labels is not None and self.trained is not None:
             return self.trained(features, labels)
         if self._made is None or self._made[0].device != features.device:
-            centre, weight, bias = self.solve()
-            self._made = tuple(part.to(features.device, torch.float32) for part in (centre, weight, bias))
+            self._made = [part.to(features.device, torch.float32) for part in self.solve()]
         centre, weight, bias = self._made
         return Scores((self._lifted(features) - centre) @ weight + bias)
 
@@ -80,7 +79,7 @@ class _ClosedForm(Head):
         return features if self.projection is None else F.relu(features @ self.projection)
 
     def _load_from_state_dict(self, *arguments: object) -> None:
-        super()._load_from_state_dict(*arguments)  # type: ignore[arg-type]  # torch's own hook, passed on whole
+        super()._load_from_state_dict(*arguments)
         self._made = None
 
 

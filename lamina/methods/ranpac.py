@@ -27,9 +27,10 @@ class RanPAC(Settings):
     """Settings."""
 
     width: int = Field(
-        10_000,
+        2_000,
         ge=0,
-        description="features after the random projection; the second moment holds its square; 0 projects nothing",
+        description="features after the random projection, 10,000 in the paper; memory grows with the square and time "
+        "with the cube; 0 projects nothing",
     )
     ridge: float | None = Field(
         None, gt=0, description="added to the diagonal of the second moment; none lets cross-validation choose"

@@ -53,13 +53,13 @@ class VPTDeep(Settings):
         "linear",
         description="classifier: a layer per task, the same by cosine, class statistics, or layers balanced on draws",
     )
+    layers: int = Field(1, ge=1, description="from how many of the last blocks the classifier reads, side by side")
 
     def build(self, tower: Tower) -> Learner:
         """Put the method together for one frozen image tower."""
         prompts = DeepPrompts(range(tower.depth), self.length, tower.width)
-        return Learner(
-            PromptedModel(tower, prompts, head_of(self.head, tower.features)), self.phases, refine=self.refine
-        )
+        head = head_of(self.head, self.layers * tower.features)
+        return Learner(PromptedModel(tower, prompts, head, layers=self.layers), self.phases, refine=self.refine)
 
     def refine(self, task: Task) -> Sequence[Phase]:
         """Balance the head over all classes, if it is of the kind that is balanced."""

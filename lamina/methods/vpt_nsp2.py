@@ -91,7 +91,7 @@ class VPTNSP2(VPTDeep):
         prompts = learner.model.prompts
         assert isinstance(prompts, DeepPrompts)
         if official:
-            learner.model.head = head_of(self.head, tower.features, partial(LinearHead, start="released"))
+            learner.model.head = head_of(self.head, learner.model.width, partial(LinearHead, start="released"))
         blend = Blend(normalize=self.normalize, gain_control=self.gain_control)
         null_space = NullSpace(
             tower,

@@ -127,7 +127,7 @@ def _rows(
 ) -> list[Tensor]:
     """Return for each block a table (count, D), the last (count, F), float32: zero but at `places` (n,)."""
     tower, prompts = model.tower, model.prompts
-    width = tower.width if prompts is not None and prompts.readout == "prompts" else tower.features
+    width = tower.width if prompts is not None and prompts.readout == "prompts" else model.width
     tables = [torch.zeros(count, tower.width) for _ in range(tower.depth - 1)] + [torch.zeros(count, width)]
     model.eval()
     done = 0
