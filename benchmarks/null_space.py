@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from lamina.console import PlainProgress
+from lamina.registry import method_class
 from lamina.runs import complete, plan
 from lamina.storage import write_whole
 
@@ -103,10 +104,21 @@ def wanted(experiments: list[str]) -> Iterator[tuple[str, dict[str, Any], int]]:
 
 def key(method: str, settings: dict[str, Any], seed: int) -> str:
     """Return what tells a run from others: its method, its whole settings and its seed."""
-    run, _ = plan(method, STREAM, overrides={"seed": seed, "settings": settings})
-    from lamina.registry import method_class
+    return json.dumps([method, whole(method, settings), seed], sort_keys=True)
 
-    return json.dumps([method, method_class(method)(**run.settings).model_dump(), seed], sort_keys=True)
+
+def whole(method: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return all settings of a method: the recipe's, the defaults, and what is changed in them."""
+    run, _ = plan(method, STREAM, overrides={"settings": settings})
+    return method_class(method)(**run.settings).model_dump()
+
+
+def experiments() -> dict[str, list[dict[str, Any]]]:
+    """Return what the tables are made of, for the file of results."""
+    return {
+        name: [{**variant._asdict(), "settings": whole(variant.method, variant.settings)} for variant in variants]
+        for name, variants in EXPERIMENTS.items()
+    }
 
 
 def known(path: Path = RESULTS) -> dict[str, dict[str, Any]]:
@@ -140,7 +152,7 @@ def main() -> None:
             continue  # another copy of this program is at it
         with FileLock(given.out / "results.lock"):
             records = {**known(), run: record.as_dict()}
-            write_whole(RESULTS, json.dumps({"records": list(records.values())}) + "\n")
+            write_whole(RESULTS, json.dumps({"experiments": experiments(), "records": list(records.values())}) + "\n")
         print(label, {name: round(value, 4) for name, value in record.metrics.items() if value is not None}, flush=True)
 
 

@@ -1,23 +1,25 @@
-"""Rewrite the generated tables of README.md from benchmarks/results; `--check` only looks for stale ones.
+"""Rewrite the generated tables of README.md and docs/ from benchmarks/results; `--check` only looks for stale ones.
 
     python benchmarks/tables.py [--check]
 
-A table stands between `<!-- table: NAME -->` and `<!-- /table -->`.
+A table stands between `<!-- table: NAME -->` and `<!-- /table -->`. `null-space/EXPERIMENT` stands for each
+experiment in `benchmarks/results/null-space.json`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lamina.errors import ConfigError, DataError, LaminaError, unknown
 from lamina.results.records import Record, read_records
-from lamina.results.tables import aggregate, show, to_markdown
+from lamina.results.tables import aggregate, show, spread, to_markdown
 from lamina.storage import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,6 +38,8 @@ TABLES = {
     "demo": Source("demo.json"),
     "tiny-odd-10": Source("tiny-odd-10.json"),
 }
+EXPERIMENTS = "null-space"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "null-space.md")
 
 
 def table(records: Sequence[Record], columns: Sequence[str]) -> str:
@@ -55,6 +59,38 @@ def table(records: Sequence[Record], columns: Sequence[str]) -> str:
             # A repeated seed is no new evidence, yet it would shrink the deviation.
             raise DataError(f"{row.name} has seed {twice[0]} with order {twice[1]} twice; keep one run")
     return f"{to_markdown(rows, columns)}\n{caption(records)}\n"
+
+
+def experiment(values: Mapping[str, Any], name: str) -> str:
+    """Return the Markdown table of one experiment: a row for each variant, run or not yet run.
+
+    Args:
+        values: what `benchmarks/null_space.py` wrote.
+    """
+    if name not in values["experiments"]:
+        raise ConfigError(unknown("experiment", name, values["experiments"]))
+    records = [Record.from_dict(record) for record in values["records"]]
+    lines = [
+        "| variant | accuracy (%) | forgetting (%) | new tasks (%) | drift (%) | n |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    used = []
+    for row in values["experiments"][name]:
+        runs = [
+            record
+            for record in records
+            if (record.method, record.settings) == (row["method"], row["settings"]) and record.seed in row["seeds"]
+        ]
+        used += runs
+        cells = [
+            [run.metrics["accuracy"] for run in runs],
+            [run.metrics["forgetting"] for run in runs],
+            [sum(line[-1] for line in run.matrix) / len(run.matrix) for run in runs],
+            [run.old_drift[-1][-1] for run in runs],
+        ]
+        shown = [str(spread(cell)) if cell else "not yet run" for cell in cells]
+        lines.append(f"| {row['name']} | {' | '.join(shown)} | {len(runs)} |")
+    return "\n".join(lines) + "\n" + (f"\n{caption(used)}\n" if used else "")
 
 
 def caption(records: Sequence[Record]) -> str:
@@ -88,10 +124,13 @@ def rewrite(text: str, results: Path) -> tuple[str, list[str]]:
 
     def fresh(block: re.Match[str]) -> str:
         name = block["name"]
-        if name not in TABLES:
+        group, _, part = name.partition("/")
+        if part and group == EXPERIMENTS:
+            body = experiment(json.loads((results / f"{group}.json").read_text()), part)
+        elif name in TABLES:
+            body = table(read_records(results / TABLES[name].file), TABLES[name].columns)
+        else:
             raise ConfigError(unknown("table", name, TABLES))
-        source = TABLES[name]
-        body = table(read_records(results / source.file), source.columns)
         if body != block["body"]:
             changed.append(name)
         return f"{block[1]}{body}{block[4]}"
@@ -101,23 +140,26 @@ def rewrite(text: str, results: Path) -> tuple[str, list[str]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return 0 when all is fresh, 1 when `--check` found a stale table, 2 when one cannot be made."""
-    parser = argparse.ArgumentParser(description="Rewrite the generated tables of README.md.")
+    parser = argparse.ArgumentParser(description="Rewrite the generated tables of README.md and docs/.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if one is stale")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--pages", type=Path, nargs="+", default=PAGES)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     given = parser.parse_args(arguments)
-    try:
-        text = given.readme.read_text(encoding="utf-8")
-        new, changed = rewrite(text, given.results)
-        if changed and not given.check:
-            write_whole(given.readme, new)
-    except (LaminaError, OSError) as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    for name in changed:
-        said = "is stale; run python benchmarks/tables.py" if given.check else "rewritten"
-        sys.stdout.write(f"{given.readme.name}: table '{name}' {said}\n")
-    return 1 if changed and given.check else 0
+    stale = False
+    for page in given.pages:
+        try:
+            text = page.read_text(encoding="utf-8")
+            new, changed = rewrite(text, given.results)
+            if changed and not given.check:
+                write_whole(page, new)
+        except (LaminaError, OSError) as error:
+            sys.stderr.write(f"{error}\n")
+            return 2
+        for name in changed:
+            said = "is stale; run python benchmarks/tables.py" if given.check else "rewritten"
+            sys.stdout.write(f"{page.name}: table '{name}' {said}\n")
+        stale |= bool(changed)
+    return 1 if stale and given.check else 0
 
 
 def _values(values: Iterable[Any]) -> str:

@@ -124,5 +124,7 @@ def _limits(field: Any) -> str:
     words = {"ge": "{} or more", "gt": "above {}", "le": "{} or less", "lt": "below {}"}
     if bounds:
         return ", ".join(words[name].format(value) for name, value in bounds.items())
+    if field.annotation is bool:
+        return "true or false"
     options = getattr(field.annotation, "__args__", None)
     return " or ".join(map(str, options)) if options else ""

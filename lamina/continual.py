@@ -70,7 +70,7 @@ class ContinualModel:
 
     def __init__(
         self,
-        method: str = "vpt-nsp2",
+        method: str = "strata",
         backbone: str = "lamina:vit-nano",
         *,
         settings: Mapping[str, Any] | None = None,

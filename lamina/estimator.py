@@ -77,7 +77,7 @@ class ContinualClassifier(ClassifierMixin, BaseEstimator):
 
     def __init__(
         self,
-        method: str = "vpt-nsp2",
+        method: str = "strata",
         backbone: str = "lamina:vit-nano",
         settings: Mapping[str, Any] | None = None,
         seed: int = 0,

@@ -55,7 +55,7 @@ class PromptedModel(nn.Module):
         layers: from how many of the last blocks features are read, side by side.
 
     Raises:
-        ConfigError: when the tower has fewer blocks.
+        ConfigError: when there is none, or the tower has fewer blocks.
 
     Attributes:
         width: F of what the head reads.
@@ -63,7 +63,7 @@ class PromptedModel(nn.Module):
 
     def __init__(self, tower: Tower, prompts: PromptModule | None, head: Head, *, layers: int = 1) -> None:
         super().__init__()
-        if layers > tower.depth:
+        if not 1 <= layers <= tower.depth:
             raise ConfigError(f"features can be read after each of {tower.depth} blocks; got layers={layers}")
         self.tower, self.prompts, self.head, self.layers = tower, prompts, head, layers
         self.width = layers * tower.features

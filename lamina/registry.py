@@ -14,6 +14,7 @@ METHODS: dict[str, str] = {
     "linear-probe": "lamina.methods.linear_probe:LinearProbe",
     "nearest-mean": "lamina.methods.nearest_mean:NearestMean",
     "ranpac": "lamina.methods.ranpac:RanPAC",
+    "strata": "lamina.methods.strata:Strata",
     "vpt-deep": "lamina.methods.vpt_deep:VPTDeep",
     "vpt-nsp2": "lamina.methods.vpt_nsp2:VPTNSP2",
     "vpt-nsp2-exact": "lamina.methods.vpt_nsp2_exact:VPTNSP2Exact",

@@ -97,11 +97,12 @@ def test_show_gives_every_setting_with_its_default_limits_and_meaning(name):
 def test_show_writes_limits_as_people_do():
     rows = json.loads(CliRunner().invoke(app, ["show", "vpt-nsp2", "--json"]).stdout)["settings"]
     limits = {row["setting"]: row["limits"] for row in rows}
-    assert (limits["length"], limits["eta"], limits["lr"], limits["knee"]) == (
+    assert (limits["length"], limits["eta1"], limits["lr"], limits["ln_correction"], limits["use_b1"]) == (
         "3 or more",
         "0 to 1",
         "above 0",
-        "paper or code",
+        "none or affine",
+        "true or false",
     )
 
 
@@ -124,8 +125,11 @@ def test_the_version_is_said():
 
 # ── wrong words ──────────────────────────────────────────────────────────────────────────────────────
 
-KNOWN = "Known: joint, linear-probe, nearest-mean, vpt-deep, vpt-nsp2"
-SETTINGS = "Known: batch_size, epochs, eta, knee, length, lr, moments, temperature, weight_decay"
+KNOWN = "Known: joint, linear-probe, nearest-mean, ranpac, vpt-deep, vpt-nsp2, vpt-nsp2-exact"
+SETTINGS = (
+    "Known: batch_size, center, epochs, eta1, eta2, gain_control, head, kept, knee, layers, length, ln_correction, lr, "
+    "moments, multiple, normalize, parity, temperature, use_b1, use_b2, use_ln_loss, weight_decay"
+)
 
 
 @pytest.mark.parametrize(
@@ -150,17 +154,17 @@ SETTINGS = "Known: batch_size, epochs, eta, knee, length, lr, moments, temperatu
             "no backbone is called 'lamina:vit-nona'; did you mean 'lamina:vit-nano'? Known: lamina:vit-nano",
         ),
         (
-            ["run", "vpt-nsp2", "--stream", "digits", "--set", "etaa=1"],
-            f"VPTNSP2: no setting is called 'etaa'; did you mean 'eta'? {SETTINGS}",
+            ["run", "vpt-nsp2", "--stream", "digits", "--set", "eta=1"],
+            f"VPTNSP2: no setting is called 'eta'; did you mean 'eta2'? {SETTINGS}",
         ),
         (
-            ["run", "vpt-nsp2", "--stream", "digits", "--set", "eta=1.5"],
-            "VPTNSP2.eta must be between 0 and 1; got 1.5",
+            ["run", "vpt-nsp2", "--stream", "digits", "--set", "eta1=1.5"],
+            "VPTNSP2.eta1 must be between 0 and 1; got 1.5",
         ),
         (
             ["run", "vpt-nsp2", "--stream", "digits", "--set", "stream.per_clas=3"],
             "StreamSettings: no setting is called 'per_clas'; did you mean 'per_class'? Known: classes, "
-            "holdout, name, order_seed, per_class, skip_broken, tasks, test_per_class",
+            "holdout, name, order, order_seed, per_class, skip_broken, tasks, test_per_class",
         ),
         (
             ["run", "nearest-mean", "--stream", "digits", "--tasks", "11"],

@@ -8,17 +8,17 @@ import torch
 from torch.nn import functional as F
 
 from lamina.confidence import (
-    ClassStatistics,
     Confidence,
     Gaussians,
     Known,
     fitted_temperature,
+    gaussians,
     learn_confidence,
     raw_scores,
-    shrunk,
     sureness,
 )
 from lamina.errors import ConfigError, ShapeError
+from lamina.heads.moments import ClassStatistics, shrunk
 
 ROOT = torch.tensor(np.tril(np.random.default_rng(1).normal(size=(5, 5))) + 2 * np.eye(5))
 MEANS = 6 * torch.randn(4, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -45,13 +45,13 @@ def looked(*parts, classes=4):
 
 def test_means_and_covariance_are_those_of_the_definition():
     features, labels = cloud(300)
-    gaussians = looked((features, labels)).gaussians()
+    found = gaussians(looked((features, labels)))
     rows = features.double()
     means = torch.stack([rows[labels == c].mean(0) for c in range(4)])
     centred = rows - means[labels]
     covariance = centred.mT @ centred / (len(rows) - 4)
-    torch.testing.assert_close(gaussians.means.double(), means, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(gaussians.root @ gaussians.root.mT, covariance, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(found.means.double(), means, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.root @ found.root.mT, covariance, rtol=0.02, atol=0.02)
 
 
 def test_neither_batches_nor_the_order_of_tasks_matter():
@@ -106,6 +106,33 @@ def test_statistics_come_back_and_grow_on():
     assert again.counts.tolist() == [6, 5, 5, 5, 0, 1]
 
 
+def test_there_is_never_less_room_than_there_was():
+    statistics = looked(cloud(5))
+    statistics.grow(2)
+    assert statistics.sums.shape == (4, 5) and statistics.counts.tolist() == [5] * 4
+
+
+def test_a_class_without_images_changes_neither_the_covariance_nor_what_it_rests_on():
+    features, labels = cloud(7)
+    some, more = looked((features, labels)), looked((features, labels), classes=6)
+    assert some.covariance()[1] == more.covariance()[1] == 28 - 4
+    torch.testing.assert_close(some.covariance()[0], more.covariance()[0], rtol=0, atol=1e-12)
+    assert not more.means()[4:].any()
+
+
+def test_statistics_without_a_second_moment_keep_means_alone():
+    features, labels = cloud(7)
+    statistics = ClassStatistics(5, moment=False)
+    statistics.grow(4)
+    statistics.collect(features, labels)
+    statistics.end_look(lambda total: total)
+    assert statistics.moment.shape == (0, 0)
+    torch.testing.assert_close(statistics.means(), looked((features, labels)).means(), rtol=0, atol=1e-12)
+    again = ClassStatistics(5, moment=False)
+    again.load_state_dict(statistics.state_dict())
+    assert torch.equal(again.sums, statistics.sums)
+
+
 @pytest.mark.parametrize("name", ["sums", "counts", "moment"])
 def test_statistics_that_do_not_fit_are_refused(name):
     state = looked(cloud(5)).state_dict()
@@ -125,11 +152,11 @@ def test_spread_is_the_distance_from_the_common_mean():
 
 def test_distance_is_that_of_mahalanobis_to_the_nearest_mean():
     features, _ = cloud(7, seed=4)
-    gaussians = Gaussians(MEANS.float(), ROOT)
+    known = Gaussians(MEANS.float(), ROOT)
     inverse = torch.linalg.inv(ROOT @ ROOT.mT)
     differences = features.double()[:, None] - MEANS
     expected = torch.einsum("bcf,fg,bcg->bc", differences, inverse, differences).min(1).values.sqrt()
-    torch.testing.assert_close(gaussians.distances(features).double(), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(known.distances(features).double(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_mean_itself_is_at_no_distance():
@@ -138,13 +165,13 @@ def test_a_mean_itself_is_at_no_distance():
 
 def test_few_images_still_give_a_covariance_that_can_be_inverted():
     features, labels = cloud(1)  # one image a class: nothing is left within classes
-    distances = looked((features, labels)).gaussians().distances(cloud(3, seed=5)[0])
+    distances = gaussians(looked((features, labels))).distances(cloud(3, seed=5)[0])
     assert distances.isfinite().all()
 
 
 def test_images_that_are_all_alike_are_no_trouble():
     features, labels = 9 * torch.ones(80, 5), torch.arange(80) % 4
-    distances = looked((features, labels)).gaussians().distances(torch.cat([features[:1], features[:1] + 1]))
+    distances = gaussians(looked((features, labels))).distances(torch.cat([features[:1], features[:1] + 1]))
     assert distances.isfinite().all() and distances[1] > distances[0]
 
 
@@ -202,22 +229,22 @@ def head(features):
 
 def taught(held=50, seed=11):
     features, labels = cloud(held, seed=seed)
-    gaussians = looked(cloud(100)).gaussians()
-    return learn_confidence(Confidence(), head(features), features, labels, gaussians), gaussians
+    known = gaussians(looked(cloud(100)))
+    return learn_confidence(Confidence(), head(features), features, labels, known), known
 
 
 def test_one_is_what_all_but_a_twentieth_of_known_images_stay_below():
-    confidence, gaussians = taught(held=500)
+    confidence, known = taught(held=500)
     features, _ = cloud(2000, seed=12)
-    for values in sureness(head(features), features, gaussians, confidence).novelty.values():
+    for values in sureness(head(features), features, known, confidence).novelty.values():
         assert float((values > 1).float().mean()) == pytest.approx(0.05, abs=0.015)
         assert float(values.median()) == pytest.approx(0.0, abs=0.1)
 
 
 def test_what_lies_far_from_all_means_looks_new():
-    confidence, gaussians = taught()
+    confidence, known = taught()
     far = MEANS.float() * 0 + torch.tensor([40.0, -40, 40, -40, 40])
-    assert (sureness(head(far), far, gaussians, confidence).novelty["mahalanobis"] > 3).all()
+    assert (sureness(head(far), far, known, confidence).novelty["mahalanobis"] > 3).all()
 
 
 def test_energy_is_that_of_its_paper():
@@ -227,26 +254,26 @@ def test_energy_is_that_of_its_paper():
 
 
 def test_probabilities_are_those_of_the_temperature():
-    confidence, gaussians = taught()
+    confidence, known = taught()
     features, _ = cloud(3, seed=7)
-    found = sureness(head(features), features, gaussians, confidence).probabilities
+    found = sureness(head(features), features, known, confidence).probabilities
     torch.testing.assert_close(found, (head(features) / confidence.temperature).softmax(-1))
 
 
 def test_without_held_out_images_there_is_no_threshold_and_the_temperature_stays():
     nothing = torch.zeros(0, 4), torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64)
-    confidence = learn_confidence(Confidence(), *nothing, looked(cloud(9)).gaussians())
+    confidence = learn_confidence(Confidence(), *nothing, gaussians(looked(cloud(9))))
     assert confidence.temperature == 1.0 and confidence.scale("energy") is None
     assert [known.images for known in confidence.tasks] == [0]
 
 
 def test_one_class_alone_says_nothing_about_temperature_and_energy():
     features, labels = cloud(30, columns=[0])
-    gaussians = looked((features, labels), classes=1).gaussians()
-    alone = learn_confidence(Confidence(), head(features)[:, :1], features, labels, gaussians)
+    known = gaussians(looked((features, labels), classes=1))
+    alone = learn_confidence(Confidence(), head(features)[:, :1], features, labels, known)
     assert (alone.temperature, alone.unit, alone.scale("energy")) == (1.0, 1.0, None) and alone.scale("mahalanobis")
     new, columns = cloud(10, columns=[0, 1])
-    both = learn_confidence(alone, head(new)[:, :2], new, columns, looked((new, columns), classes=2).gaussians())
+    both = learn_confidence(alone, head(new)[:, :2], new, columns, gaussians(looked((new, columns), classes=2)))
     assert both.temperature == pytest.approx(both.unit) == pytest.approx(both.tasks[1].temperature)
     assert both.scale("energy")
 
@@ -254,11 +281,9 @@ def test_one_class_alone_says_nothing_about_temperature_and_energy():
 @pytest.mark.parametrize("held", [1, 2])
 def test_a_few_held_out_images_do_not_make_everything_else_endlessly_new(held):
     features, labels = cloud(held, columns=[0, 1])
-    statistics = looked(cloud(100))
-    confidence = learn_confidence(
-        Confidence(), head(features)[:held], features[:held], labels[:held], statistics.gaussians()
-    )
-    said = sureness(head(cloud(20)[0]), cloud(20)[0], statistics.gaussians(), confidence)
+    known = gaussians(looked(cloud(100)))
+    confidence = learn_confidence(Confidence(), head(features)[:held], features[:held], labels[:held], known)
+    said = sureness(head(cloud(20)[0]), cloud(20)[0], known, confidence)
     assert said.novelty["mahalanobis"].abs().max() < 20
 
 
@@ -279,11 +304,11 @@ def test_the_temperature_is_the_mean_of_the_tasks_in_proportion_to_their_held_ou
 
 
 def test_energies_of_later_tasks_are_measured_as_those_of_the_first():
-    confidence, gaussians = taught()
+    confidence, known = taught()
     features, labels = cloud(9, seed=8)
-    later = learn_confidence(confidence, 5 * head(features), features, labels, gaussians)
+    later = learn_confidence(confidence, 5 * head(features), features, labels, known)
     assert later.unit == confidence.unit != later.temperature
-    energies = raw_scores(5 * head(features), features, gaussians, confidence.unit)["energy"]
+    energies = raw_scores(5 * head(features), features, known, confidence.unit)["energy"]
     assert later.tasks[1].quantiles["energy"][100] == pytest.approx(float(energies.max()))
 
 

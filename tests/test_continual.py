@@ -12,7 +12,7 @@ from lamina.continual import ContinualModel, lesson_settings
 from lamina.data.material import Material
 from lamina.data.pictures import ArrayPictures
 from lamina.errors import ConfigError, DataError, LaminaError, ModelFileError, ResumeError, TrainingError
-from lamina.learner import Learner
+from lamina.learner import Learner, refinement
 from lamina.methods.nearest_mean import NearestMean
 from lamina.model import Batch
 from lamina.modelfile import ModelFile
@@ -156,7 +156,7 @@ def test_known_classes_are_refused_all_by_name(kept):
     assert str(error.value).startswith("the model knows 'c4', 'c1' already; ")
 
 
-@pytest.mark.parametrize("method", ["nearest-mean", "vpt-nsp2", "vpt-deep", "linear-probe"])
+@pytest.mark.parametrize("method", ["nearest-mean", "ranpac", "vpt-nsp2", "vpt-deep", "linear-probe"])
 def test_known_classes_can_get_more_examples_and_keep_their_columns(method):
     model = model_of(method)
     model.learn(material(0, 1))
@@ -190,6 +190,68 @@ def test_class_means_take_one_class_at_a_time():
     pixels = pixels_of(singly, images)
     ours, theirs = (model.judge(pixels).probabilities.argmax(1) for model in (singly, at_once))
     assert torch.equal(ours, theirs) and ours.unique().tolist() == [0, 1, 2]
+
+
+def test_prompts_with_class_statistics_take_one_class_at_a_time_and_move_when_there_are_two():
+    model = model_of("vpt-deep", head="statistics", **FAST)
+    prompts = {name: value.clone() for name, value in model.model.prompts.state_dict().items()}
+
+    def moved():
+        now = model.model.prompts.state_dict()
+        return [not torch.equal(value, now[name]) for name, value in prompts.items()]
+
+    for label in (3, 0):
+        lesson = model.learn(material(label))
+    assert lesson.accuracy == 1.0 and lesson.drift.new == 0.0 and moved() == [False] * 3
+    model.learn(material(6, 1))
+    assert moved() == [True] * 3
+    pixels = pixels_of(model, material(3, 0, 6, 1, held=5, seed=1))
+    said = model.judge(pixels).probabilities
+    assert said.shape == (20, 4)
+    assert float((said.argmax(1) == torch.arange(4).repeat_interleave(5)).double().mean()) > 0.8
+    assert torch.equal(ContinualModel.load(model.file()).judge(pixels).probabilities, said)
+
+
+def test_class_statistics_that_a_head_keeps_are_not_gathered_twice():
+    shared, apart = model_of("vpt-deep", head="statistics", **FAST), model_of("vpt-deep", **FAST)
+    for model in (shared, apart):
+        model.learn(material(0, 1))
+        model.learn(material(2, 3))
+    for model in (shared, ContinualModel.load(shared.file())):
+        assert model.statistics is model.model.head.statistics and model.file().memory == []
+        assert model.statistics.counts.tolist() == [7.0] * 4
+    assert apart.model.head.statistics is None and [*apart.file().memory[0]] == ["sums", "counts", "moment"]
+    for name, value in apart.statistics.state_dict().items():
+        torch.testing.assert_close(shared.statistics.state_dict()[name], value)  # prompts learn alike
+
+
+def test_novelty_is_told_in_the_features_that_the_head_reads():
+    model = model_of("vpt-deep", head="statistics", layers=2, **FAST)
+    model.learn(material(0, 1, 2, train=20, held=10))
+    assert model.statistics.sums.shape == (3, 48)
+    known, new = (model.judge(pixels_of(model, material(*c))).novelty["mahalanobis"] for c in ((0, 1, 2), (5, 6, 7)))
+    assert new.median() > known.median()
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 4, 6])
+def test_a_lesson_stopped_while_its_head_is_balanced_goes_on_to_the_same_end(tmp_path, stop_after, monkeypatch):
+    """14 images are two steps and a look; then two epochs of 20 draws of four classes make one step each."""
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "5")
+    monkeypatch.setattr("lamina.methods.vpt_deep.refinement", lambda: refinement(epochs=4, draws=20))
+    first = model_of("vpt-deep", head="refined", **FAST)
+    first.learn(material(0, 1))
+    before, new = first.file(), material(2, 3)
+    undisturbed = ContinualModel.load(before)
+    undisturbed.learn(new, base="x")
+    watch = Halfway()
+    with pytest.raises(Stopped):
+        ContinualModel.load(before).learn(
+            new, base="x", work=tmp_path, progress=watch, should_stop=lambda: watch.steps >= stop_after
+        )
+    again, steps = ContinualModel.load(before), Halfway()
+    again.learn(new, base="x", work=tmp_path, progress=steps)
+    assert again.file().checksum == undisturbed.file().checksum
+    assert steps.steps == 7 - stop_after
 
 
 def test_the_upper_bound_takes_no_lessons():

@@ -444,7 +444,7 @@ def test_one_class_alone_is_enough_for_class_means_and_not_for_a_method_that_tel
         (
             ["--method", "vpt-nps2"],
             "no method is called 'vpt-nps2'; did you mean 'vpt-nsp2'? Known: joint, linear-probe, nearest-mean, "
-            "vpt-deep, vpt-nsp2",
+            "ranpac, vpt-deep, vpt-nsp2, vpt-nsp2-exact",
         ),
         (
             ["--backbone", "lamina:vit-nona"],
@@ -452,8 +452,9 @@ def test_one_class_alone_is_enough_for_class_means_and_not_for_a_method_that_tel
         ),
         (
             ["--set", "epoch=3"],
-            "VPTNSP2: no setting is called 'epoch'; did you mean 'epochs'? Known: batch_size, epochs, eta, knee, "
-            "length, lr, moments, temperature, weight_decay",
+            "VPTNSP2: no setting is called 'epoch'; did you mean 'epochs'? Known: batch_size, center, epochs, eta1, "
+            "eta2, gain_control, head, kept, knee, layers, length, ln_correction, lr, moments, multiple, normalize, "
+            "parity, temperature, use_b1, use_b2, use_ln_loss, weight_decay",
         ),
         (["--set", "epochs"], "--set takes name=value; got 'epochs'"),
         (

@@ -208,7 +208,7 @@ class Tower(nn.Module):
             x = _block(block, x, splice, mask, tap, layer, frozen, rows=self.readout if last else None)
             frozen, carried = self._split(x, tokens)
             if layer >= self.depth - layers:
-                read.append(self.pool(frozen if self.readout is None else frozen[:, self.readout]))
+                read.append(self.pool(frozen if last or self.readout is None else frozen[:, self.readout]))
         tail = self.final_norm(carried) if carried is not None and self.slots is None else None
         features = torch.cat(read, dim=-1)
         features = features.to(torch.promote_types(features.dtype, torch.float32))

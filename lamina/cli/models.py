@@ -53,7 +53,7 @@ class Score(StrEnum):
 def learn(
     model: Model,
     folder: Annotated[Path, typer.Argument(help="Images of the new classes: FOLDER/CLASS/*.jpg and the like.")],
-    method: Annotated[str | None, typer.Option(help="For a new model; see `lamina list methods`. [vpt-nsp2]")] = None,
+    method: Annotated[str | None, typer.Option(help="For a new model; see `lamina list methods`. [strata]")] = None,
     backbone: Annotated[str | None, typer.Option(help="For a new model; see `lamina list backbones`.")] = None,
     changes: Annotated[
         list[str] | None,

@@ -80,7 +80,7 @@ def demo(
 
     folder = out or _free(Path("runs") / "demo")
     records = []
-    for method in ("vpt-deep", "vpt-nsp2", "joint"):
+    for method in ("vpt-deep", "vpt-nsp2", "strata", "joint"):
         settings, _ = plan(method, "digits")
         if not as_json:
             note(

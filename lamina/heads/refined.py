@@ -65,7 +65,7 @@ class RefinedHead(LinearHead):
         for column in met.nonzero().flatten().tolist():
             nothing = (torch.zeros(()).double(), torch.zeros(size).double(), torch.zeros(size, size).double())
             count, total, moment = (reduce(part.to(self.means)) for part in self._draft.get(column, nothing))
-            was, mean = self.counts[column], self.means[column]
+            was, mean = self.counts[column].clone(), self.means[column].clone()  # not views of what changes below
             moment += self._full(self.scatters[column]) + was * torch.outer(mean, mean)
             self.counts[column] += count
             self.means[column] = (total + was * mean) / self.counts[column]

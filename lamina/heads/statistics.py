@@ -54,7 +54,8 @@ class _ClosedForm(Head):
         if labels is not None and self.trained is not None:
             return self.trained(features, labels)
         if self._made is None or self._made[0].device != features.device:
-            self._made = [part.to(features.device, torch.float32) for part in self.solve()]
+            with torch.inference_mode(False), torch.no_grad():  # kept for later, when a gradient may be asked for
+                self._made = [part.to(features.device, torch.float32) for part in self.solve()]
         centre, weight, bias = self._made
         return Scores((self._lifted(features) - centre) @ weight + bias)
 
@@ -64,6 +65,10 @@ class _ClosedForm(Head):
         The score is `(x - centre) @ weight + bias`; the centre keeps numbers small where float32 rounds.
         """
         raise NotImplementedError
+
+    def centre(self) -> Tensor:
+        """Return the mean of all features (F,), float64, as float32 has it, so that `x - centre` is exact near it."""
+        return (self.seen.sums.sum(0) / self.seen.counts.sum().clamp_min(1)).float().double()
 
     def begin_look(self) -> None:
         self.seen.begin_look()
@@ -113,9 +118,8 @@ class Discriminant(_ClosedForm):
     """
 
     def solve(self) -> tuple[Tensor, Tensor, Tensor]:
-        means, counts = self.seen.means(), self.seen.counts
-        centre = self.seen.sums.sum(0) / counts.sum().clamp_min(1)
-        away = means - centre
+        centre = self.centre()
+        away = self.seen.means() - centre
         weight = torch.linalg.solve(shrunk(*self.seen.covariance()), away.mT)
         return centre, weight, -0.5 * (away * weight.mT).sum(1)
 
@@ -141,14 +145,14 @@ class Ridge(_ClosedForm):
         self.ridge = ridge
 
     def solve(self) -> tuple[Tensor, Tensor, Tensor]:
-        moment, targets = self.seen.moment, self.seen.sums.mT
+        moment, targets, centre = self.seen.moment, self.seen.sums.mT, self.centre()
         if self.ridge is None:
             weight = _cross_validated(moment, targets, float(self.seen.counts.sum()))
         else:
             identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
             root = torch.linalg.cholesky(moment + self.ridge * identity)
             weight = torch.cholesky_solve(targets, root)
-        return moment.new_zeros(len(moment)), weight, moment.new_zeros(targets.shape[1])
+        return centre, weight, centre @ weight
 
 
 def _cross_validated(moment: Tensor, targets: Tensor, images: float) -> Tensor:

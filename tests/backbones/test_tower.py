@@ -66,13 +66,13 @@ def test_gradients_reach_prompts_and_never_the_tower(tower, images, values):
 
 
 def test_gradients_are_those_of_finite_differences(vit, images, values):
-    """Features come in float32, so the step is coarse and so is the tolerance."""
+    """Features of a tower in float64 come in float64, so a fine step tells."""
     tower = TimmTower(vit, dtype=torch.float64)
-    values, way, step = values.double(), torch.randn(3, 5, 24, dtype=torch.float64), 1e-3
+    values, way, step = values.double(), torch.randn(3, 5, 24, dtype=torch.float64), 1e-5
     slope = (gradient(tower, images, context, values) * way).sum()
     weights = torch.randn(7, 24, generator=torch.Generator().manual_seed(3))
     ahead, back = (tower(images, context(values + s * way)).features for s in (step, -step))
-    torch.testing.assert_close(slope.float(), ((ahead - back) * weights).sum() / (2 * step), rtol=5e-3, atol=5e-3)
+    torch.testing.assert_close(slope, ((ahead - back) * weights).sum() / (2 * step), rtol=1e-7, atol=1e-7)
 
 
 # ── kinds of splices ───────────────────────────────────────────────────────────────────────────────
@@ -198,6 +198,68 @@ def test_the_final_tokens_come_only_when_asked_for(tower, images, values):
     assert tower(images, context(values)).tokens is None
     assert tower(images, context(values), all_rows=True).tokens.shape == (7, 17, 24)
     assert tower(images, context(values)).prompts is None
+
+
+# ── features of several blocks ─────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_features_of_several_blocks_stand_side_by_side_the_last_at_the_end(make, images, values, pool, layers):
+    tower, seen = TimmTower(make(global_pool=pool)), []
+    whole = tower(images, context(values), tap=seen.append, all_rows=True)
+    after = [probe.inputs for probe in seen[1:]] + [whole.tokens]
+    expected = [tower.model.forward_head(tower.model.norm(x), pre_logits=True) for x in after[-layers:]]
+    got = tower(images, context(values), layers=layers).features
+    assert got.shape == (7, 24 * layers)
+    close(got, torch.cat(expected, dim=1))
+    close(tower(images, context(values), layers=layers, all_rows=True).features, got)
+    close(tower(images, context(values), tap=lambda probe: None, layers=layers).features, got)
+
+
+def test_features_of_several_blocks_are_those_that_timm_finds_after_them(tower, images):
+    theirs = tower.model.get_intermediate_layers(images, n=2, return_prefix_tokens=True, norm=True)
+    close(tower(images, layers=2).features, torch.cat([prefix[:, 0] for _, prefix in theirs], dim=1))
+
+
+def test_the_last_block_says_the_same_whether_others_are_read_or_not(tower, images, values):
+    assert torch.equal(
+        tower(images, context(values), layers=3).features[:, 48:], tower(images, context(values)).features
+    )
+
+
+def test_only_the_last_block_computes_the_rows_that_are_read_alone(tower, images):
+    rows = []
+    for view in tower.blocks():
+        view.finish = lambda x, mixed, finish=view.finish: (rows.append(x.shape[1]), finish(x, mixed))[1]
+    tower(images, layers=2)
+    tower(images, layers=2, all_rows=True)
+    assert rows == [17, 17, 1, 17, 17, 17]
+
+
+def test_rows_that_are_read_may_stand_anywhere(tower, images, values):
+    tower.readout, tower.pool = slice(2, 5), lambda tokens: tower.model.norm(tokens).mean(1)
+    seen = []
+    whole = tower(images, context(values), tap=seen.append, all_rows=True)
+    expected = torch.cat([tower.model.norm(x[:, 2:5]).mean(1) for x in (seen[2].inputs, whole.tokens)], dim=1)
+    close(tower(images, context(values), layers=2).features, expected)
+    close(whole.features, expected[:, 24:])
+
+
+def test_prompts_that_travel_are_not_among_the_rows_that_are_pooled(make, images, values):
+    tower = TimmTower(make(global_pool="avg"))
+    close(tower(images, fresh_tokens(values), layers=3).features, tower(images, context(values), layers=3).features)
+
+
+def test_every_block_that_is_read_sends_a_gradient_to_the_prompts_before_it(tower, images, values):
+    values = values.clone().requires_grad_()
+    tower(images, context(values), layers=2).features[:, :24].square().sum().backward()
+    assert values.grad.abs().amin(dim=(1, 2)).gt(0).tolist() == [True, True, False]
+
+
+def test_features_of_several_blocks_in_bfloat16_come_in_float32(half, tower, images):
+    got, want = half(images, layers=2).features, tower(images, layers=2).features
+    assert got.dtype == torch.float32 and (got - want).norm() / want.norm() < 5e-2
 
 
 # ── taps ───────────────────────────────────────────────────────────────────────────────────────────

@@ -163,7 +163,7 @@ def test_defaults_are_the_papers(stream):
     settings = VPTNSP2()
     assert settings.model_dump() == {
         "length": 4, "epochs": 100, "batch_size": 256, "lr": 0.01, "weight_decay": 5e-5, "temperature": 28.0,
-        "head": "linear", "eta1": 0.97, "eta2": 0.97, "use_b1": True, "use_b2": True, "use_ln_loss": True,
+        "head": "linear", "layers": 1, "eta1": 0.97, "eta2": 0.97, "use_b1": True, "use_b2": True, "use_ln_loss": True,
         "moments": 1.0, "knee": "paper", "kept": 0.99, "multiple": 10.0, "normalize": True, "gain_control": False,
         "ln_correction": "none", "center": False, "parity": "paper",
     }  # fmt: skip
@@ -246,11 +246,16 @@ def test_official_decays_after_four_and_seven_of_ten_passes_over_ten_shuffled_to
         assert factors == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01])
 
 
-def test_official_counts_the_steps_of_images_repeated_ten_times(tiny_vit, stream):
+@pytest.mark.parametrize("cached", [False, True])
+def test_official_counts_the_steps_of_images_or_features_repeated_ten_times(tiny_vit, stream, cached):
     for parity, steps in (("official", 2 * 34), ("paper", 20 * 4)):  # 27 images, 8 at a time
         settings = VPTNSP2(**CHEAP | {"epochs": 20}, parity=parity)
         trainer = trainer_of(settings, tiny_vit)
-        assert trainer.feed.steps(stream.tasks[0].train, settings.phases(stream.tasks[0])[0]) == steps
+        trainer.feed.features = tiny_vit if cached else None
+        (phase,) = settings.phases(stream.tasks[0])
+        fed = list(trainer.feed.train(stream.tasks[0], 0, phase, 0))
+        assert trainer.feed.steps(stream.tasks[0].train, phase) == len(fed) == steps
+        assert sum(each.images for each in fed) == 20 * 27
 
 
 @pytest.mark.parametrize("head", ["linear", "statistics"])
@@ -299,7 +304,7 @@ def test_official_settings_come_back_from_what_is_saved():
         (
             {"eta": 1.0},
             "VPTNSP2: no setting is called 'eta'; did you mean 'eta2'? Known: batch_size, center, epochs, eta1, eta2, "
-            "gain_control, head, kept, knee, length, ln_correction, lr, moments, multiple, normalize, parity, "
+            "gain_control, head, kept, knee, layers, length, ln_correction, lr, moments, multiple, normalize, parity, "
             "temperature, use_b1, use_b2, use_ln_loss, weight_decay",
         ),
     ],

@@ -1,5 +1,8 @@
 """A cut chosen by measurement: 9 images, F 24 features, M 5 prompt tokens, D 24 channels, L 3 blocks."""
 
+import copy
+import threading
+
 import pytest
 import torch
 
@@ -157,13 +160,28 @@ def test_the_wish_is_what_the_first_task_did_and_stays_so(finished, batches):
     assert null_space.start == {}
 
 
-def test_sums_go_over_all_processes(finished, batches):
-    """Three processes with equal images measure what one does."""
+def test_two_processes_with_a_part_of_the_images_each_measure_what_one_does(finished, batches):
     model, null_space, _ = finished
+    parts, meet, shared = [copy.deepcopy((model, null_space)) for _ in batches], threading.Barrier(2, timeout=20), {}
     null_space.measure(model, batches, alone)
-    cut, drift = null_space.cut, null_space.drift
-    null_space.measure(model, batches, lambda total: 3 * total)
-    assert null_space.cut == cut and null_space.drift == pytest.approx(drift, rel=1e-9)
+
+    def work(rank):
+        def reduce(total):
+            shared[rank] = total
+            meet.wait()
+            added = shared[0] + shared[1]
+            meet.wait()
+            return added
+
+        parts[rank][1].measure(parts[rank][0], [batches[rank]], reduce)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for _, other in parts:
+        assert other.cut == null_space.cut and other.drift == pytest.approx(null_space.drift, rel=1e-4)
 
 
 def test_a_process_without_images_takes_part(finished, batches):

@@ -39,7 +39,7 @@ def call(script, tmp_path, capsys):
         if records is not None:
             values = {"records": [record.as_dict() for record in records]}
             (tmp_path / "demo.json").write_text(json.dumps(values))
-        status = script.main([*options, "--readme", str(path), "--results", str(tmp_path)])
+        status = script.main([*options, "--pages", str(path), "--results", str(tmp_path)])
         said = capsys.readouterr()
         return status, path.read_text(), said.out + said.err
 
