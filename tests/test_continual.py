@@ -16,12 +16,12 @@ from lamina.learner import Learner, refinement
 from lamina.methods.nearest_mean import NearestMean
 from lamina.model import Batch
 from lamina.modelfile import ModelFile
-from lamina.registry import method_names
+from lamina.registry import method_class, method_names
 from lamina.training.progress import Progress
 from lamina.training.trainer import Stopped
 from tests.conftest import make_tiny_vit
 
-FAST = {"epochs": 1, "batch_size": 8}
+FAST = {"epochs": 1, "batch_size": 8, "width": 40}  # applied where a method has such a setting
 RNG = np.random.default_rng(0)
 FACES = RNG.uniform(0, 255, (8, 3, 4, 4)).repeat(6, axis=2).repeat(6, axis=3)  # one picture a class, 24 x 24
 
@@ -41,7 +41,8 @@ def pixels_of(model, material):
 
 
 def model_of(method="nearest-mean", **settings):
-    return ContinualModel(method, settings=settings if settings or "vpt" not in method else FAST, precision="32")
+    fast = {name: value for name, value in FAST.items() if name in method_class(method).model_fields}
+    return ContinualModel(method, settings={**fast, **settings}, precision="32")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -193,7 +194,7 @@ def test_class_means_take_one_class_at_a_time():
 
 
 def test_prompts_with_class_statistics_take_one_class_at_a_time_and_move_when_there_are_two():
-    model = model_of("vpt-deep", head="statistics", **FAST)
+    model = model_of("vpt-deep", head="statistics")
     prompts = {name: value.clone() for name, value in model.model.prompts.state_dict().items()}
 
     def moved():
@@ -213,7 +214,7 @@ def test_prompts_with_class_statistics_take_one_class_at_a_time_and_move_when_th
 
 
 def test_class_statistics_that_a_head_keeps_are_not_gathered_twice():
-    shared, apart = model_of("vpt-deep", head="statistics", **FAST), model_of("vpt-deep", **FAST)
+    shared, apart = model_of("vpt-deep", head="statistics"), model_of("vpt-deep")
     for model in (shared, apart):
         model.learn(material(0, 1))
         model.learn(material(2, 3))
@@ -226,7 +227,7 @@ def test_class_statistics_that_a_head_keeps_are_not_gathered_twice():
 
 
 def test_novelty_is_told_in_the_features_that_the_head_reads():
-    model = model_of("vpt-deep", head="statistics", layers=2, **FAST)
+    model = model_of("vpt-deep", head="statistics", layers=2)
     model.learn(material(0, 1, 2, train=20, held=10))
     assert model.statistics.sums.shape == (3, 48)
     known, new = (model.judge(pixels_of(model, material(*c))).novelty["mahalanobis"] for c in ((0, 1, 2), (5, 6, 7)))
@@ -238,7 +239,7 @@ def test_a_lesson_stopped_while_its_head_is_balanced_goes_on_to_the_same_end(tmp
     """14 images are two steps and a look; then two epochs of 20 draws of four classes make one step each."""
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "5")
     monkeypatch.setattr("lamina.methods.vpt_deep.refinement", lambda: refinement(epochs=4, draws=20))
-    first = model_of("vpt-deep", head="refined", **FAST)
+    first = model_of("vpt-deep", head="refined")
     first.learn(material(0, 1))
     before, new = first.file(), material(2, 3)
     undisturbed = ContinualModel.load(before)

@@ -99,6 +99,9 @@ class NearestMean(_ClosedForm):
 
     needs_moment = False
 
+    def collect(self, features: Tensor, columns: Tensor) -> None:
+        super().collect(features.double(), columns)  # before they are normalised: float32 would round what is summed
+
     def _lifted(self, features: Tensor) -> Tensor:
         return F.normalize(features, dim=-1)
 

@@ -159,7 +159,7 @@ def test_a_class_met_again_adds_to_its_mean_and_gets_no_second_column():
     head.end_look(lambda total: total)
     unit = torch.nn.functional.normalize(torch.cat([first[3::5], second[::2]]).double(), dim=-1)
     assert head.seen.counts.tolist() == [2, 2, 2, 4, 2, 1]
-    torch.testing.assert_close(head.seen.sums[3], unit.sum(0), rtol=0, atol=1e-6)
+    torch.testing.assert_close(head.seen.sums[3], unit.sum(0), rtol=0, atol=1e-12)
 
 
 def test_new_classes_leave_old_means_alone():

@@ -42,7 +42,7 @@ def assert_gaussians(head):
     assert head.counts.tolist() == COUNTS and head.counts.dtype == torch.float64
     rows = FEATURES.double().numpy()
     for column, count in enumerate(COUNTS):
-        own = rows[LABELS == column]
+        own = rows[LABELS.eq(column)]
         covariance = np.cov(own.T, ddof=1) if count > 1 else np.zeros((5, 5))
         np.testing.assert_allclose(head.means[column].numpy(), own.mean(0), rtol=0, atol=1e-10)
         np.testing.assert_allclose(head.covariance(column).numpy(), covariance + 1e-4 * np.eye(5), rtol=0, atol=1e-10)

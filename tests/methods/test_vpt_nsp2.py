@@ -50,6 +50,17 @@ def test_the_first_task_is_free(tiny_vit):
     assert moments.terms(model=None) == {}
 
 
+def test_the_first_task_is_learned_to_the_bit_as_without_protection(after_one_task, tiny_vit, stream):
+    """Same prompts, same head; the protections neither act nor draw random numbers."""
+    bare = trainer_of(SMALL, tiny_vit)
+    bare.learner.protections = []
+    bare.learn(stream.tasks[0])
+    ours, theirs = (trainer.learner.model.learned() for trainer in (after_one_task, bare))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+
+
 def test_a_step_has_no_part_that_old_images_use(after_one_task):
     """Whatever Adam proposes, what it takes is blind to the used channels and to the used tokens."""
     prompts, null_space, _ = parts(after_one_task)

@@ -56,6 +56,19 @@ def test_it_averages_over_tokens_and_uses_the_biased_deviation():
     assert loss(moments) == pytest.approx(2.0 * (1 + 1) / 3)
 
 
+def test_more_tokens_of_the_same_kind_cost_no_more():
+    value, costs = torch.randn(3, 6), []
+    for times in (1, 4):
+        prompts = DeepPrompts(range(1), 3 * times, 6)
+        moments = TokenMoments(prompts)
+        with torch.no_grad():
+            prompts.value(0).copy_(value.repeat(times, 1))
+            moments.end_look(lambda total: total)
+            prompts.value(0).mul_(1.5).add_(torch.tensor([[0.5], [-2.0], [0.25]]).repeat(times, 1))
+        costs.append(loss(moments))
+    assert costs[1] == pytest.approx(costs[0], rel=1e-6) and costs[0] > 0.1
+
+
 def test_it_follows_the_task_that_ended_last(held):
     prompts, moments = held
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Steps and gradients under a projection: M 3 prompt tokens, D 5 channels."""
+"""Steps and gradients under a projection (A8-12): M 3 prompt tokens, D 5 channels, in float64."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from lamina.protections.projection import Projection, projected_gradients, proje
 def pair():
     """A protected and an unprotected parameter, twice over, with equal values."""
     torch.manual_seed(1)
-    values = torch.randn(3, 5), torch.randn(4)
+    values = torch.randn(3, 5, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
     return [[nn.Parameter(value.clone()) for value in values] for _ in range(2)]
 
 
@@ -19,16 +19,16 @@ def steps(parameters, optimizer, count=4):
     for number in range(count):
         generator = torch.Generator().manual_seed(number)
         for parameter in parameters:
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
         optimizer.step()
 
 
-def adam(parameters):
-    return torch.optim.Adam(parameters, lr=0.1, weight_decay=0.05)
+def adam(parameters, weight_decay=0.05):
+    return torch.optim.Adam(parameters, lr=0.1, weight_decay=weight_decay)
 
 
 def projection():
-    left, right = torch.randn(3, 3), torch.randn(5, 5)
+    left, right = torch.randn(3, 3, dtype=torch.float64), torch.randn(5, 5, dtype=torch.float64)
     return Projection(left @ left.T, right @ right.T)
 
 
@@ -38,7 +38,8 @@ def test_the_identity_leaves_adam_alone():
     with projected_steps(optimizer, {ours[0]: Projection(torch.eye(3), torch.eye(5))}):
         steps(ours, optimizer, 10)
     steps(plain, adam(plain), 10)
-    torch.testing.assert_close(ours[0], plain[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours[0], plain[0], rtol=0, atol=1e-7)
+    assert torch.equal(ours[1], plain[1])
 
 
 def test_a_step_is_the_projection_of_adams_step():
@@ -48,15 +49,27 @@ def test_a_step_is_the_projection_of_adams_step():
         steps(ours, optimizer, 1)
     steps(plain, adam(plain), 1)
     expected = start + mapping.left @ (plain[0] - start) @ mapping.right
-    torch.testing.assert_close(ours[0].detach(), expected.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours[0].detach(), expected.detach(), rtol=0, atol=1e-7)
 
 
-def test_adams_moments_see_raw_gradients_and_other_parameters_are_untouched():
+def test_many_steps_are_together_the_projection_of_adams_for_the_same_gradients():
+    """Without decay, which would look at where the parameters are."""
     ours, plain = pair()
-    optimizer, reference = adam(ours), adam(plain)
+    start, optimizer, mapping = ours[0].detach().clone(), adam(ours, weight_decay=0), projection()
+    with projected_steps(optimizer, {ours[0]: mapping}):
+        steps(ours, optimizer, 10)
+    steps(plain, adam(plain, weight_decay=0), 10)
+    expected = start + mapping.left @ (plain[0] - start) @ mapping.right
+    torch.testing.assert_close(ours[0].detach(), expected.detach(), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(("weight_decay", "count"), [(0.05, 1), (0.0, 10)])
+def test_adams_moments_see_raw_gradients_and_other_parameters_are_untouched(weight_decay, count):
+    ours, plain = pair()
+    optimizer, reference = adam(ours, weight_decay), adam(plain, weight_decay)
     with projected_steps(optimizer, {ours[0]: projection()}):
-        steps(ours, optimizer, 1)
-    steps(plain, reference, 1)
+        steps(ours, optimizer, count)
+    steps(plain, reference, count)
     for name in ("exp_avg", "exp_avg_sq"):
         assert torch.equal(optimizer.state[ours[0]][name], reference.state[plain[0]][name])
     assert torch.equal(ours[1], plain[1])

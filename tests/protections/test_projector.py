@@ -54,12 +54,22 @@ def test_a_blend_has_two_gains(moment, eta, normalize):
     assert torch.equal(blend, blend.T)
 
 
-def test_a_normalised_projector_has_unit_norm_and_a_plain_one_is_its_own_square(moment):
+def test_a_plain_projector_is_its_own_square_and_a_normalised_one_has_unit_norm(moment):
+    """A8-5; the norm of the one is the root of the number of free directions, and divides the other."""
     free = Spectrum.of(moment).free(CODE)
-    assert Blend()(free).norm() == pytest.approx(1.0, abs=1e-12)
-    plain = Blend(normalize=False)(free)
-    torch.testing.assert_close(plain @ plain, plain, rtol=0, atol=1e-12)
-    assert plain.trace() == pytest.approx(free.shape[1])
+    count = free.shape[1]
+    plain, unit = Blend(normalize=False)(free), Blend()(free)
+    assert torch.equal(plain, plain.T) and torch.equal(unit, unit.T)
+    assert (plain @ plain - plain).norm() <= 1e-10 * 7**0.5
+    assert plain.trace() == pytest.approx(count, abs=1e-9)
+    assert plain.norm() == pytest.approx(count**0.5, abs=1e-12) and unit.norm() == pytest.approx(1.0, abs=1e-12)
+    torch.testing.assert_close(unit @ unit, unit / count**0.5, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_eta_zero_is_the_identity_to_the_bit(moment, normalize):
+    blend = Blend(eta=0.0, normalize=normalize)(Spectrum.of(moment).free(CODE))
+    assert torch.equal(blend, torch.eye(7, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("normalize", [True, False])

@@ -31,6 +31,11 @@ def test_the_released_rule_gives_the_reference_nullities(values, free):
         assert nullity(torch.as_tensor(values), cut) == free
 
 
+def test_the_released_rule_frees_two_of_any_three():
+    for _ in range(50):
+        assert nullity(falling(3), CODE) == nullity(falling(3), OFFICIAL) == 2
+
+
 @pytest.mark.parametrize("values", LONG)
 def test_the_papers_rule_leaves_all_but_two_directions_free_on_such_spectra(values):
     assert nullity(values, PAPER) == 766

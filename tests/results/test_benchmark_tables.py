@@ -99,3 +99,31 @@ def test_a_seed_that_is_there_twice_is_refused(call, seeds):
 def test_an_unfinished_run_is_refused(call, seeds, make_record):
     status, _, said = call([*seeds, make_record([[0.5]], finished=False, seed=6)])
     assert (status, said) == (2, "vpt-nsp2 with seed 6 is not finished; run it to its end\n")
+
+
+# ── experiments ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_variant_is_averaged_over_its_own_runs_and_one_not_yet_run_says_so(call, make_record, make_drift, tmp_path):
+    matrix = [[0.9], [0.8, 0.7], [0.8, 0.7, 0.6]]
+    runs = [
+        make_record([*matrix, [0.5 + seed / 25, 0.4, 0.3, 0.2]], seed=seed, settings={"eta": 1}, drift=make_drift())
+        for seed in (0, 1, 2)
+    ]
+    rows = [
+        {"name": "all", "method": "vpt-nsp2", "settings": {"eta": 1}, "seeds": [0, 2]},
+        {"name": "none", "method": "vpt-nsp2", "settings": {"eta": 0}, "seeds": [0]},
+    ]
+    values = {"experiments": {"parts": rows}, "records": [run.as_dict() for run in runs]}
+    (tmp_path / "null-space.json").write_text(json.dumps(values))
+    page = "<!-- table: null-space/parts -->\n<!-- /table -->\n"
+    _, text, _ = call(None, readme=page)
+    assert "| variant | accuracy (%) | forgetting (%) | new tasks (%) | drift (%) | n |" in text
+    assert "| all | 36.0 ± 1.4 | 32.0 ± 1.9 | 60.0 ± 0.0 | 10.0 ± 0.0 | 2 |" in text
+    assert "| none | not yet run | not yet run | not yet run | not yet run | 0 |" in text
+
+
+def test_an_experiment_that_nobody_made_is_named(call, tmp_path):
+    (tmp_path / "null-space.json").write_text(json.dumps({"experiments": {"parts": []}, "records": []}))
+    page = "<!-- table: null-space/part -->\n<!-- /table -->\n"
+    assert call(None, readme=page) == (2, page, "no experiment is called 'part'; did you mean 'parts'? Known: parts\n")

@@ -51,6 +51,13 @@ def test_the_matrix_of_four_tasks_gives_the_values_of_other_libraries(value, per
     assert 100 * value == pytest.approx(percent, abs=5e-4)
 
 
+def test_the_matrix_of_three_tasks_gives_the_values_of_the_sheet_on_nsp2():
+    rows = [[0.9], [0.8, 0.85], [0.7, 0.8, 0.9]]
+    assert metrics.final_accuracy(rows) == pytest.approx(0.8)
+    assert metrics.forgetting(rows) == pytest.approx(0.125)
+    assert metrics.weighted_accuracy(rows, sizes=[100, 100, 200]) == pytest.approx(0.825)
+
+
 @pytest.mark.parametrize(("metric", "overall"), [("forgetting", 6.0), ("backward_transfer", -4.25)])
 def test_libcontinual_overall_is_its_mean_over_the_third_and_later_tasks(metric, overall):
     value = np.mean([getattr(metrics, metric)(FOUR[: t + 1], compat="libcontinual") for t in (2, 3)])

@@ -23,6 +23,7 @@ from tests.conftest import make_tiny_vit
 from tests.streams import blobs, trainer_of
 
 CHEAP = {"length": 3, "epochs": 1, "batch_size": 9, "temperature": 1.0}
+STREAM = blobs(tasks=2, per_task=3, train=18, test=7)
 METHODS = [name for name in method_names() if "head" in method_class(name).model_fields]
 
 every_pair = pytest.mark.parametrize(("name", "head"), list(itertools.product(METHODS, get_args(HeadName))))
@@ -51,7 +52,7 @@ def finished(name, head):
     """Return a trainer that has run both tasks without a break, and how many times it was asked to stop."""
     out, asked = trainer(name, head), itertools.count()
     out.should_stop = lambda: next(asked) < 0
-    out.run(blobs())
+    out.run(STREAM)
     return out, next(asked)
 
 
@@ -68,11 +69,11 @@ def test_two_tasks_run_and_go_on_from_a_stop_as_if_there_had_been_none(name, hea
     broken, calls = trainer(name, head, run_dir=tmp_path), itertools.count(1)
     broken.should_stop = lambda: next(calls) == asked - 1
     with pytest.raises(Stopped):
-        broken.run(blobs())
+        broken.run(STREAM)
     torch.manual_seed(4711)
     again = trainer(name, head, run_dir=tmp_path)
-    assert again.restore(blobs())
-    again.run(blobs())
+    assert again.restore(STREAM)
+    again.run(STREAM)
     assert_same(again, whole)
 
 
@@ -135,8 +136,8 @@ def test_other_heads_train_on_a_task_of_a_single_class_all_the_same(name):
 
 @every_method
 def test_drift_of_features_of_several_layers_can_be_measured(name):
-    made = trainer(name, "linear", meter=DriftMeter(blobs()))
-    made.run(blobs())
+    made = trainer(name, "linear", meter=DriftMeter(STREAM))
+    made.run(STREAM)
     if made.meter is not None:
         assert [len(row) for row in made.meter.drift] == [1, 2]
         assert made.meter.drift[1][0][2] > 0 == made.meter.drift[1][1][2]
