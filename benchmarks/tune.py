@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from lamina.registry import method_class
 from lamina.runs import execute, plan
 from lamina.storage import write_whole
 
@@ -45,6 +46,13 @@ TRIES: dict[str, list[dict[str, Any]]] = {
         {"lr": 0.01, "temperature": 5.0, "knee": "code"},
     ],
     "linear-probe": RATES,
+    "strata": [
+        {"lr": 0.001, "max_drift": 0.02, "layers": 2},
+        {"lr": 0.001, "max_drift": 0.02, "layers": 4},
+        {"lr": 0.01, "max_drift": 0.05, "layers": 2},
+        {"lr": 0.001, "max_drift": 0.05, "layers": 2},
+    ],
+    "ranpac": [{}],
 }
 
 
@@ -60,7 +68,9 @@ def main() -> None:
         for method in given.methods:
             if number >= len(TRIES[method]):
                 continue
-            settings = {**shared["settings"], **TRIES[method][number]}
+            fields = method_class(method).model_fields
+            settings = {name: value for name, value in shared["settings"].items() if name in fields}
+            settings |= TRIES[method][number]
             if any(row["method"] == method and row["settings"] == settings for row in tries(path)):
                 continue
             overrides = {"stream": shared["stream"], **settings}

@@ -309,8 +309,8 @@ class ContinualModel:
         if len(order) < 2 and any(phase.classes == "task" for phase in self.learner.phases(task)):
             raise ConfigError(
                 f"{self.method} learns to tell the classes of one lesson apart, so a lesson needs at least two; got "
-                f"{order[0]!r} alone. Add another class, or keep a model of method nearest-mean, which can do "
-                "with one"
+                f"{order[0]!r} alone. Add another class, or keep a model of method strata or nearest-mean, which can "
+                "do with one"
             )
         return task
 

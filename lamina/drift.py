@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lamina.audit import BlockDrift, Drift
 from lamina.model import Batch, PromptedModel
+from lamina.prompts.base import PromptModule
 from lamina.protections.base import Felt, Protection
 
 
@@ -35,8 +36,8 @@ def lesson_drift(
         remembered: by the same protections before it, as from `state_dict`.
         spread: root mean squared distance of old features from their mean.
     """
-    if after.prompts is None or before.prompts is None:
-        return Drift(new=0.0, old=0.0, bound=0.0, blocks=[])  # what is frozen does not move
+    if after.prompts is None or before.prompts is None or _same(before.prompts, after.prompts):
+        return Drift(new=0.0, old=0.0, bound=0.0, blocks=[])  # what is frozen, or was left alone, does not move
     new = _moved(before, after, batches) / max(spread, 1e-12)
     for protection, memory in zip(protections, remembered, strict=True):
         old_felt = protection.felt(before.prompts, memory)
@@ -53,6 +54,11 @@ def lesson_drift(
             new=new, old=unit * _total(old_felt, "moved"), bound=unit * _total(old_felt, "worst"), blocks=blocks
         )
     return Drift(new=new, old=None, bound=None, blocks=[])
+
+
+def _same(ours: PromptModule, theirs: PromptModule) -> bool:
+    mine, others = ours.state_dict(), theirs.state_dict()
+    return mine.keys() == others.keys() and all(torch.equal(value, others[name]) for name, value in mine.items())
 
 
 def _total(felt: Sequence[Felt], which: str) -> float:

@@ -67,7 +67,7 @@ def contents(folder):
 @pytest.mark.parametrize(
     ("kind", "column", "some"),
     [
-        ("methods", "method", {"vpt-nsp2", "joint", "nearest-mean"}),
+        ("methods", "method", {"strata", "vpt-nsp2", "joint", "nearest-mean"}),
         ("streams", "stream", {"digits", "folder:PATH", "tiny-imagenet"}),
         ("backbones", "backbone", {"lamina:vit-nano", "timm:NAME.TAG"}),
         ("recipes", "recipe", {"vpt-nsp2/cifar100"}),
@@ -125,7 +125,7 @@ def test_the_version_is_said():
 
 # ── wrong words ──────────────────────────────────────────────────────────────────────────────────────
 
-KNOWN = "Known: joint, linear-probe, nearest-mean, ranpac, vpt-deep, vpt-nsp2, vpt-nsp2-exact"
+KNOWN = "Known: joint, linear-probe, nearest-mean, ranpac, strata, vpt-deep, vpt-nsp2, vpt-nsp2-exact"
 SETTINGS = (
     "Known: batch_size, center, epochs, eta1, eta2, gain_control, head, kept, knee, layers, length, ln_correction, lr, "
     "moments, multiple, normalize, parity, temperature, use_b1, use_b2, use_ln_loss, weight_decay"

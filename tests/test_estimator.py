@@ -594,6 +594,19 @@ def test_probabilities_sum_to_one_and_belong_to_the_classes():
     assert taught().score(images, y) == np.mean(taught().predict(images) == y) >= 0.9
 
 
+def test_the_default_method_learns_one_class_at_a_time_and_says_how_sure_it_is_and_what_is_new():
+    (images, y), model = pictures(0, each=20), ContinualClassifier(precision="32", holdout=0.25)
+    for label in (2, 0, 1):
+        model.partial_fit(images[y == label], y[y == label])
+    assert model.model_.method == "strata" and model.classes_.tolist() == [2, 0, 1]
+    assert [lesson["drift"] and lesson["drift"]["old"] for lesson in model.lessons_] == [None, 0, 0]
+    fresh, strange = pictures(0, each=4)[0], pictures(7)[0]
+    said = model.predict_proba(fresh)
+    assert (model.classes_[said.argmax(1)] == np.arange(12) % 3).mean() > 0.9
+    assert 0.8 < said.max(1).mean() < 1
+    assert np.median(model.novelty(fresh)) < 1 < model.novelty(strange).min()
+
+
 def test_the_score_weighs_images():
     y = np.where(np.arange(15) < 5, FIRST[1], 5)
     assert taught().score(FIRST[0], y) == pytest.approx(1 / 3)
@@ -826,7 +839,7 @@ def test_what_a_file_says_of_its_labels_is_not_believed_blindly(tmp_path):
 def test_the_defaults_are_those_that_are_written_down():
     parameters = inspect.signature(ContinualClassifier).parameters.values()
     assert {p.name: p.default for p in parameters if p.name in ("method", "holdout", "existing")} == {
-        "method": "vpt-nsp2",
+        "method": "strata",
         "holdout": 0.1,
         "existing": "refuse",
     }

@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from lamina.lessons import learn_folder
 from lamina.modelfile import ModelFile
 from lamina.training.log import Log
 from lamina.training.trainer import Stopped, Trainer
-from tests.commands import BACKBONE, EPOCH, Forked, beside, called, pictures, wait_for
+from tests.commands import BACKBONE, EPOCH, Forked, beside, called, pictures, rows, wait_for
 
 #: steps of lesson b: 3 classes of 6 pictures, one of each held out, in batches of 4
 STEPS = 4
@@ -32,14 +33,14 @@ continual.Trainer = lambda *parts, checkpoint_every=0, **more: Trainer(*parts, c
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory):
-    """Folders a (ant, bee), b (cat, dog, elk), c (fox, gnu); vpt.lamina and mean.lamina have learned a."""
+    """Folders a (ant, bee), b (cat, dog, elk), c (fox, gnu); strata.lamina and mean.lamina have learned a."""
     root = tmp_path_factory.mktemp("shop")
     for name, classes in {"a": ("ant", "bee"), "b": ("cat", "dog", "elk"), "c": ("fox", "gnu")}.items():
         pictures(root / name, classes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SOURCE_DATE_EPOCH", EPOCH)
         settings = {"epochs": 1, "batch_size": 4}
-        learn_folder(root / "vpt.lamina", root / "a", backbone=BACKBONE, settings=settings)
+        learn_folder(root / "strata.lamina", root / "a", backbone=BACKBONE, settings=settings)
         learn_folder(root / "mean.lamina", root / "a", backbone=BACKBONE, method="nearest-mean")
     return root
 
@@ -53,15 +54,15 @@ def command(monkeypatch, capfd):
     signal.signal(signal.SIGTERM, number)
 
 
-@pytest.fixture(params=["vpt", "mean"])
+@pytest.fixture(params=["strata", "mean"])
 def either(request, shop, tmp_path):
     """A copy of a model of each method."""
     return copied(shop, request.param, tmp_path)
 
 
 @pytest.fixture
-def vpt(shop, tmp_path):
-    return copied(shop, "vpt", tmp_path)
+def strata(shop, tmp_path):
+    return copied(shop, "strata", tmp_path)
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def copied(shop, name, folder):
 def undisturbed(shop, tmp_path_factory):
     """The file after lesson b, as bytes, and how many seconds the process lived."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    path = copied(shop, "vpt", folder)
+    path = copied(shop, "strata", folder)
     Forked("inspect", path, folder=folder).end()  # waits until the server is there
     begun = time.monotonic()
     code, _, errors = Forked("learn", path, shop / "b", folder=folder, first=OFTEN).end()
@@ -91,20 +92,20 @@ def undisturbed(shop, tmp_path_factory):
 
 def killed_and_begun_again(shop, undisturbed, folder, moment):
     """Kill a lesson at a moment, 0 to 1 of its life; look at the file; learn again and look again."""
-    path, (new, life) = copied(shop, "vpt", folder), undisturbed
+    path, (new, life) = copied(shop, "strata", folder), undisturbed
     words = ["learn", path, shop / "b"]
     process = Forked(*words, folder=folder, first=OFTEN)
     time.sleep(moment * life)
     assert process.kill() in (-signal.SIGKILL, 0)
     left = path.read_bytes()
-    assert left in ((shop / "vpt.lamina").read_bytes(), new)
+    assert left in ((shop / "strata.lamina").read_bytes(), new)
     code, _, errors = Forked(*words, folder=folder, first=OFTEN).end()
     # When all was done but for the exit of the process, there is nothing to go on with.
     assert code == 0 or (left == new and "the model knows 'cat', 'dog', 'elk' already" in errors[-1]), errors
     assert path.read_bytes() == new
     assert beside(path) == [".shop.lamina.lock", "shop.lamina", "shop.lamina.bak"]
     assert ModelFile.read(path).classes == ["ant", "bee", "cat", "dog", "elk"]
-    assert (path.parent / "shop.lamina.bak").read_bytes() == (shop / "vpt.lamina").read_bytes()
+    assert (path.parent / "shop.lamina.bak").read_bytes() == (shop / "strata.lamina").read_bytes()
 
 
 @pytest.mark.parametrize("number", range(10))
@@ -157,19 +158,19 @@ class Snapshots:
         return call
 
 
-def test_a_kill_after_a_step_or_at_any_point_of_writing_and_cleaning_up_loses_nothing(shop, vpt, tmp_path, command):
-    old = vpt.read_bytes()
+def test_a_kill_after_a_step_or_at_any_point_of_writing_and_cleaning_up_loses_nothing(shop, strata, tmp_path, command):
+    old = strata.read_bytes()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lamina.continual.Trainer", lambda *a, **more: Trainer(*a, **more | {"checkpoint_every": 2}))
-        snapshots = Snapshots(vpt.parent, patch)
-        assert command("learn", vpt, shop / "b")[0] == 0
-    new, seen = vpt.read_bytes(), set()
+        snapshots = Snapshots(strata.parent, patch)
+        assert command("learn", strata, shop / "b")[0] == 0
+    new, seen = strata.read_bytes(), set()
     assert snapshots.steps == STEPS
     for number, (tree, label) in enumerate(snapshots.kept.items()):
         folder = tmp_path / str(number)
         folder.mkdir()
         for path, content in tree:
-            place = folder / path.relative_to(vpt.parent)
+            place = folder / path.relative_to(strata.parent)
             place.mkdir(parents=True) if content is None else place.write_bytes(content)
         path = folder / "shop.lamina"
         left = path.read_bytes()
@@ -192,7 +193,7 @@ def test_a_kill_after_a_step_or_at_any_point_of_writing_and_cleaning_up_loses_no
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_lesson_that_is_asked_to_stop_says_so_and_goes_on_to_the_same_bytes(
-    shop, undisturbed, vpt, command, monkeypatch, number
+    shop, undisturbed, strata, command, monkeypatch, number
 ):
     step, taken = Log.step, []
 
@@ -202,14 +203,14 @@ def test_a_lesson_that_is_asked_to_stop_says_so_and_goes_on_to_the_same_bytes(
         if len(taken) == 3:
             os.kill(os.getpid(), number)
 
-    old = vpt.read_bytes()
+    old = strata.read_bytes()
     monkeypatch.setattr(Log, "step", signalled)
-    code, out, errors = command("learn", vpt, shop / "b")
-    assert (code, out, errors[-1]) == (75, "", f"stopped; go on with `lamina learn {vpt} {shop / 'b'}`")
-    assert vpt.read_bytes() == old
-    assert command("learn", vpt, shop / "b")[0] == 0
+    code, out, errors = command("learn", strata, shop / "b")
+    assert (code, out, errors[-1]) == (75, "", f"stopped; go on with `lamina learn {strata} {shop / 'b'}`")
+    assert strata.read_bytes() == old
+    assert command("learn", strata, shop / "b")[0] == 0
     assert len(taken) == STEPS  # none was taken twice
-    assert vpt.read_bytes() == undisturbed[0]
+    assert strata.read_bytes() == undisturbed[0]
 
 
 def interrupted(path, folder, **given):
@@ -218,20 +219,20 @@ def interrupted(path, folder, **given):
         learn_folder(path, folder, should_stop=lambda: True, **given)
 
 
-def test_an_unfinished_lesson_is_in_the_way_of_another_until_it_is_dropped(shop, vpt, command):
-    interrupted(vpt, shop / "b")
-    old = vpt.read_bytes()
-    assert command("learn", vpt, shop / "c") == (
+def test_an_unfinished_lesson_is_in_the_way_of_another_until_it_is_dropped(shop, strata, command):
+    interrupted(strata, shop / "b")
+    old = strata.read_bytes()
+    assert command("learn", strata, shop / "c") == (
         2, "",
         [
             f"lamina: a lesson from {shop / 'b'} is not finished: run `lamina learn` on that folder again, or give "
             "--discard to drop it"
         ],
     )  # fmt: skip
-    assert vpt.read_bytes() == old
-    assert command("learn", vpt, shop / "c", "--discard")[0] == 0
-    assert ModelFile.read(vpt).classes == ["ant", "bee", "fox", "gnu"]
-    assert beside(vpt) == [".shop.lamina.lock", "shop.lamina", "shop.lamina.bak"]
+    assert strata.read_bytes() == old
+    assert command("learn", strata, shop / "c", "--discard")[0] == 0
+    assert ModelFile.read(strata).classes == ["ant", "bee", "fox", "gnu"]
+    assert beside(strata) == [".shop.lamina.lock", "shop.lamina", "shop.lamina.bak"]
 
 
 @pytest.mark.parametrize(
@@ -242,27 +243,27 @@ def test_an_unfinished_lesson_is_in_the_way_of_another_until_it_is_dropped(shop,
         (["--holdout", "0.5"], "images = "),
     ],
 )
-def test_an_unfinished_lesson_does_not_go_on_under_other_settings(shop, vpt, command, change, named):
-    interrupted(vpt, shop / "b", precision="bf16")
-    old = vpt.read_bytes()
-    words = ["learn", vpt, shop / "b", "--precision", "bf16", *change]
+def test_an_unfinished_lesson_does_not_go_on_under_other_settings(shop, strata, command, change, named):
+    interrupted(strata, shop / "b", precision="bf16")
+    old = strata.read_bytes()
+    words = ["learn", strata, shop / "b", "--precision", "bf16", *change]
     code, out, errors = command(*words)
     assert (code, out, len(errors)) == (2, "", 1)
     assert f"was made with {named}" in errors[0]
     assert errors[0].endswith(". Give what was given before, or --discard to begin the lesson anew")
-    assert vpt.read_bytes() == old
+    assert strata.read_bytes() == old
     assert command(*words, "--discard")[0] == 0
-    assert ModelFile.read(vpt).classes == ["ant", "bee", "cat", "dog", "elk"]
+    assert ModelFile.read(strata).classes == ["ant", "bee", "cat", "dog", "elk"]
 
 
-def test_an_unfinished_lesson_does_not_go_on_upon_another_version_of_the_file(shop, vpt, command):
-    interrupted(vpt, shop / "b")
-    shutil.copy(shop / "mean.lamina", vpt)
-    code, _, errors = command("learn", vpt, shop / "b")
+def test_an_unfinished_lesson_does_not_go_on_upon_another_version_of_the_file(shop, strata, command):
+    interrupted(strata, shop / "b")
+    shutil.copy(shop / "mean.lamina", strata)
+    code, _, errors = command("learn", strata, shop / "b")
     assert (code, errors) == (
         2,
         [
-            f"lamina: a lesson from {shop / 'b'} is not finished, and {vpt} is another than it was begun with: put "
+            f"lamina: a lesson from {shop / 'b'} is not finished, and {strata} is another than it was begun with: put "
             "that one back, or give --discard to begin the lesson anew"
         ],
     )
@@ -273,7 +274,7 @@ def test_a_first_lesson_that_was_interrupted_goes_on_to_the_same_bytes(shop, tmp
     interrupted(tmp_path / "new.lamina", shop / "a", backbone=BACKBONE, settings={"epochs": 1, "batch_size": 4})
     assert not (tmp_path / "new.lamina").exists()
     assert command("learn", tmp_path / "new.lamina", shop / "a", *words)[0] == 0
-    assert (tmp_path / "new.lamina").read_bytes() == (shop / "vpt.lamina").read_bytes()
+    assert (tmp_path / "new.lamina").read_bytes() == (shop / "strata.lamina").read_bytes()
     assert beside(tmp_path / "new.lamina") == [".new.lamina.lock", "new.lamina"]
 
 
@@ -408,10 +409,11 @@ def test_known_classes_take_further_examples_into_the_same_columns(shop, either,
         [0, 1],
         "more",
     )
-    assert (after.memory[-1]["counts"] == 2 * before.memory[-1]["counts"]).all()
-    if before.method == "nearest-mean":
-        assert after.learned["head.counts"].tolist() == [10, 10]
-        assert not torch.equal(after.learned["head.sums"], 2 * before.learned["head.sums"])
+    assert before.learned["head.seen.counts"].tolist() == [5, 5]
+    assert after.learned["head.seen.counts"].tolist() == [10, 10]
+    assert not torch.equal(after.learned["head.seen.sums"], 2 * before.learned["head.seen.sums"])
+    if before.method == "nearest-mean":  # second moments for confidence are kept apart, since its head keeps none
+        assert after.memory[-1]["counts"].tolist() == [10, 10]
 
 
 def test_known_and_new_classes_come_in_one_lesson(shop, either, tmp_path, command):
@@ -423,15 +425,38 @@ def test_known_and_new_classes_come_in_one_lesson(shop, either, tmp_path, comman
     assert command("predict", either, mixed, "--format", "csv")[0] == 0
 
 
-def test_one_class_alone_is_enough_for_class_means_and_not_for_a_method_that_tells_apart(shop, vpt, tmp_path, command):
+@pytest.mark.parametrize("words", [[], ["--method", "nearest-mean"]])
+def test_one_class_a_lesson_is_enough_for_the_default_method_and_for_class_means(tmp_path, command, words):
+    path, files = tmp_path / "new.lamina", []
+    for name in ("cow", "asp"):
+        code, out, _ = command(
+            "learn", path, pictures(tmp_path / name, [name], count=24), *words, *["--backbone", BACKBONE]
+        )
+        assert code == 0
+        files.append(ModelFile.read(path))
+    assert "old classes have not moved: this lesson left all features as they were" in out.splitlines()
+    first, second = ([known["temperature"] for known in file.confidence["tasks"]] for file in files)
+    assert first == [None] and second[0] is None and second[1] > 0  # one class alone leaves no choice
+    assert [[*known["quantiles"]] for known in files[1].confidence["tasks"]] == [
+        ["mahalanobis"],
+        ["mahalanobis", "energy"],
+    ]
+    fresh = pictures(tmp_path / "fresh", ["cow", "asp", "owl", "pug"], count=6, seed=3)
+    found = rows(command("predict", path, fresh, "--flag-novel", "--format", "jsonl")[1])
+    known, new = found[:12], found[12:]
+    assert [Path(row["path"]).parent.name for row in found[::6]] == ["asp", "cow", "owl", "pug"]
+    assert sum(row["class"] == Path(row["path"]).parent.name for row in known) > 10
+    assert min(row["probability"] for row in known) > 0.5
+    assert sum(row["novel"] for row in known) < 3 and all(row["novel"] for row in new)
+
+
+def test_one_class_alone_is_not_enough_for_a_method_that_tells_the_classes_of_a_lesson_apart(tmp_path, command):
     alone = pictures(tmp_path / "alone", ["cow"])
-    assert refused(command, vpt, alone) == (
+    words = ["--method", "vpt-nsp2", "--backbone", BACKBONE]
+    assert refused(command, tmp_path / "new.lamina", alone, *words) == (
         "vpt-nsp2 learns to tell the classes of one lesson apart, so a lesson needs at least two; got 'cow' alone. "
-        "Add another class, or keep a model of method nearest-mean, which can do with one"
+        "Add another class, or keep a model of method strata or nearest-mean, which can do with one"
     )
-    words = ["--method", "nearest-mean", "--backbone", BACKBONE]
-    assert command("learn", tmp_path / "new.lamina", alone, *words)[0] == 0
-    assert ModelFile.read(tmp_path / "new.lamina").classes == ["cow"]
 
 
 @pytest.mark.parametrize(
@@ -444,7 +469,7 @@ def test_one_class_alone_is_enough_for_class_means_and_not_for_a_method_that_tel
         (
             ["--method", "vpt-nps2"],
             "no method is called 'vpt-nps2'; did you mean 'vpt-nsp2'? Known: joint, linear-probe, nearest-mean, "
-            "ranpac, vpt-deep, vpt-nsp2, vpt-nsp2-exact",
+            "ranpac, strata, vpt-deep, vpt-nsp2, vpt-nsp2-exact",
         ),
         (
             ["--backbone", "lamina:vit-nona"],
@@ -452,9 +477,8 @@ def test_one_class_alone_is_enough_for_class_means_and_not_for_a_method_that_tel
         ),
         (
             ["--set", "epoch=3"],
-            "VPTNSP2: no setting is called 'epoch'; did you mean 'epochs'? Known: batch_size, center, epochs, eta1, "
-            "eta2, gain_control, head, kept, knee, layers, length, ln_correction, lr, moments, multiple, normalize, "
-            "parity, temperature, use_b1, use_b2, use_ln_loss, weight_decay",
+            "Strata: no setting is called 'epoch'; did you mean 'epochs'? Known: batch_size, epochs, head, kept, "
+            "layers, length, lr, max_drift, temperature, weight_decay",
         ),
         (["--set", "epochs"], "--set takes name=value; got 'epochs'"),
         (
@@ -470,7 +494,7 @@ def test_a_new_model_is_not_begun_with_a_wrong_word(shop, tmp_path, command, wor
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--method", "nearest-mean"], "was begun with method 'vpt-nsp2' and keeps it; got 'nearest-mean'"),
+        (["--method", "nearest-mean"], "was begun with method 'strata' and keeps it; got 'nearest-mean'"),
         (
             ["--backbone", "lamina:vit-nano"],
             f"was begun with backbone '{BACKBONE}' and keeps it; got 'lamina:vit-nano'",
@@ -478,8 +502,8 @@ def test_a_new_model_is_not_begun_with_a_wrong_word(shop, tmp_path, command, wor
         (["--seed", "5"], "was begun with seed 0 and keeps it; got 5"),
     ],
 )
-def test_what_a_model_was_begun_with_cannot_change(shop, vpt, command, words, message):
-    assert refused(command, vpt, shop / "b", *words) == f"{vpt} {message}. Make another model for it"
+def test_what_a_model_was_begun_with_cannot_change(shop, strata, command, words, message):
+    assert refused(command, strata, shop / "b", *words) == f"{strata} {message}. Make another model for it"
 
 
 def test_what_a_model_was_begun_with_can_be_said_again(shop, mean, command):
@@ -490,20 +514,20 @@ def test_what_a_model_was_begun_with_can_be_said_again(shop, mean, command):
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["--set", "length=6"], ["(6, 64)", "(4, 64)", "a setting was changed that must stay as it is"]),
+        (["--set", "length=6"], ["(6, 64)", "(16, 64)", "a setting was changed that must stay as it is"]),
         (["--set", "lenght=6"], ["no setting is called 'lenght'; did you mean 'length'?"]),
-        (["--set", "lr=-1"], ["VPTNSP2.lr must be above 0.0; got -1"]),
+        (["--set", "lr=-1"], ["Strata.lr must be above 0.0; got -1"]),
         (["--holdout", "1.5"], ["must be at least 0 and below 1; got 1.5"]),
     ],
 )
-def test_a_known_model_does_not_take_a_wrong_setting(shop, vpt, command, words, parts):
-    message = refused(command, vpt, shop / "b", *words)
+def test_a_known_model_does_not_take_a_wrong_setting(shop, strata, command, words, parts):
+    message = refused(command, strata, shop / "b", *words)
     assert all(part in message for part in parts), message
 
 
-def test_a_setting_that_shapes_nothing_may_change_and_is_kept(shop, vpt, command):
-    assert command("learn", vpt, shop / "b", "--set", "epochs=2")[0] == 0
-    assert ModelFile.read(vpt).settings["epochs"] == 2
+def test_a_setting_that_shapes_nothing_may_change_and_is_kept(shop, strata, command):
+    assert command("learn", strata, shop / "b", "--set", "epochs=2")[0] == 0
+    assert ModelFile.read(strata).settings["epochs"] == 2
 
 
 def test_a_broken_image_is_named_or_skipped_and_counted(shop, mean, tmp_path, command):
@@ -562,11 +586,11 @@ def test_a_damaged_model_is_refused_and_points_to_the_version_before(shop, mean,
 
 @pytest.mark.parametrize("length", [10**6, 10**18])
 @pytest.mark.parametrize("verb", ["learn", "predict"])
-def test_a_file_that_asks_for_absurd_sizes_is_refused_without_making_room_for_them(shop, vpt, command, verb, length):
-    file = ModelFile.read(vpt)
-    replace(file, settings={**file.settings, "length": length}).write(vpt)
+def test_a_file_that_asks_for_absurd_sizes_is_refused_without_making_room_for_them(shop, strata, command, verb, length):
+    file = ModelFile.read(strata)
+    replace(file, settings={**file.settings, "length": length}).write(strata)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    code, out, errors = command(verb, vpt, shop / "b")
+    code, out, errors = command(verb, strata, shop / "b")
     assert (code, out, len(errors)) == (2, "", 1)
     assert "length" in errors[0] or str(length) in errors[0]
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kilobytes
@@ -595,17 +619,17 @@ def test_what_learn_prints_says_what_came_of_it(shop, mean, command):
             "learned from 15 images, 3 held out; classes in all: 5",
             "accuracy on the images held out, choosing among all classes: 100.0 %",
             "with fewer than 20 images held out, probabilities and novelty are rough",
-            "old classes have not moved: their features come from the frozen model alone",
+            "old classes have not moved: this lesson left all features as they were",
             f"written to {mean}",
         ],
     )
 
 
-def test_learn_prints_json_alone_when_asked(shop, vpt, command):
-    code, out, errors = command("learn", vpt, shop / "b", "--json")
-    found, file = json.loads(out), ModelFile.read(vpt)
+def test_learn_prints_json_alone_when_asked(shop, strata, command):
+    code, out, errors = command("learn", strata, shop / "b", "--json")
+    found, file = json.loads(out), ModelFile.read(strata)
     assert (code, errors) == (0, [])
-    assert found == {"model": str(vpt), "checksum": file.checksum, **file.lessons[1].model_dump()}
+    assert found == {"model": str(strata), "checksum": file.checksum, **file.lessons[1].model_dump()}
     assert 0 <= found["drift"]["old"] <= found["drift"]["bound"] and found["drift"]["new"] > 0
 
 

@@ -95,14 +95,14 @@ def test_every_recipe_that_ships_can_be_planned():
             ("vpt-nps2", "digits"),
             {},
             "no method is called 'vpt-nps2'; did you mean 'vpt-nsp2'? Known: joint, linear-probe, nearest-mean, "
-            "vpt-deep, vpt-nsp2",
+            "ranpac, strata, vpt-deep, vpt-nsp2, vpt-nsp2-exact",
         ),
         (("joint",), {}, "a run needs a stream: --stream NAME; `lamina list streams` shows what there is"),
         (
             ("vpt-deep", "digits"),
             {"lenght": 3},
-            "VPTDeep: no setting is called 'lenght'; did you mean 'length'? Known: batch_size, epochs, length, lr, "
-            "temperature, weight_decay",
+            "VPTDeep: no setting is called 'lenght'; did you mean 'length'? Known: batch_size, epochs, head, "
+            "layers, length, lr, temperature, weight_decay",
         ),
         (("vpt-deep", "digits"), {"lr": 0}, "VPTDeep.lr must be above 0.0; got 0"),
         (("vpt-deep", "digits"), {"seed": -1}, "RunSettings.seed must be at least 0; got -1"),

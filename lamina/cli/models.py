@@ -72,8 +72,8 @@ def learn(
 ) -> None:
     """Learn new classes from a folder into a model file, which is made if it is not there.
 
-    Methods that train a classifier tell the classes of one lesson apart, so they need at least two; nearest-mean can
-    do with one.
+    Methods that train a classifier for predictions tell the classes of one lesson apart, so they need at least two;
+    strata and nearest-mean can do with one.
     """
     from lamina.config import assignments
     from lamina.lessons import learn_folder

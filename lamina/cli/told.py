@@ -38,7 +38,7 @@ def moved_line(drift: Any) -> str:
             "spread of old features, and those of old images may have moved as far"
         )
     if drift.new == 0:
-        return "old classes have not moved: their features come from the frozen model alone"
+        return "old classes have not moved: this lesson left all features as they were"
     return (
         f"old features moved by an estimated {percent(drift.old)} of their spread (worst case of a step that long: "
         f"{percent(drift.bound)}), new ones by {percent(drift.new)}"

@@ -50,6 +50,7 @@ class RefinedHead(LinearHead):
         self.means, self.scatters = (F.pad(rows, (0, 0, 0, new)) for rows in (self.means, self.scatters))
 
     def begin_look(self) -> None:
+        self._roots: dict[int, Tensor] = {}
         self._draft: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # by column: count, sum, sum of outer products
 
     def collect(self, features: Tensor, columns: Tensor) -> None:
@@ -73,6 +74,10 @@ class RefinedHead(LinearHead):
             self.scatters[column] = moment[self._lower]
         self.begin_look()
 
+    def _load_from_state_dict(self, *arguments: object) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._roots = {}
+
     def covariance(self, column: int) -> Tensor:
         """Return a class's covariance (F, F), float64, with a small ridge."""
         covariance = self._full(self.scatters[column]) / (self.counts[column] - 1).clamp_min(1)
@@ -87,8 +92,10 @@ class RefinedHead(LinearHead):
         return torch.cat(features), torch.arange(len(self.counts)).repeat_interleave(per_class).to(self.means.device)
 
     def _root(self, column: int) -> Tensor:
-        """Return the Cholesky factor (F, F), float32, of a class's covariance."""
-        return torch.linalg.cholesky(self.covariance(column)).float()
+        """Return the Cholesky factor (F, F), float32, of a class's covariance; kept until the next look back."""
+        if column not in self._roots:
+            self._roots[column] = torch.linalg.cholesky(self.covariance(column)).float()
+        return self._roots[column]
 
     def _full(self, lower: Tensor) -> Tensor:
         out = lower.new_zeros(self.features, self.features)

@@ -53,9 +53,9 @@ class _ClosedForm(Head):
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Scores:
         if labels is not None and self.trained is not None:
             return self.trained(features, labels)
-        if self._made is None or self._made[0].device != features.device:
+        if self._made is None or self._made[0].device != features.device or self._made[0].dtype != features.dtype:
             with torch.inference_mode(False), torch.no_grad():  # kept for later, when a gradient may be asked for
-                self._made = [part.to(features.device, torch.float32) for part in self.solve()]
+                self._made = [part.to(features) for part in self.solve()]
         centre, weight, bias = self._made
         return Scores((self._lifted(features) - centre) @ weight + bias)
 
@@ -81,7 +81,7 @@ class _ClosedForm(Head):
         self._made = None
 
     def _lifted(self, features: Tensor) -> Tensor:
-        return features if self.projection is None else F.relu(features @ self.projection)
+        return features if self.projection is None else F.relu(features @ self.projection.to(features.dtype))
 
     def _load_from_state_dict(self, *arguments: object) -> None:
         super()._load_from_state_dict(*arguments)

@@ -59,7 +59,9 @@ class BoundedNullSpace(NullSpace):
         """
         here = {i: self.prompts.value(i).detach().clone() for i in self.prompts.layers}
         if self.start:
-            self.wish = {i: here[i] - start.to(here[i]) for i, start in self.start.items()}
+            moves = {i: here[i] - start.to(here[i]) for i, start in self.start.items()}
+            # A task of a single class moves nothing; then a move as long as the prompts themselves has to stand in.
+            self.wish = moves if any(bool(move.any()) for move in moves.values()) else here
             self.start = {}
         rest = _features(model, batches)
         count = reduce(torch.tensor(float(len(rest)), dtype=torch.float64)).clamp_min(1)
