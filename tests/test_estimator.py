@@ -603,7 +603,7 @@ def test_the_default_method_learns_one_class_at_a_time_and_says_how_sure_it_is_a
     fresh, strange = pictures(0, each=4)[0], pictures(7)[0]
     said = model.predict_proba(fresh)
     assert (model.classes_[said.argmax(1)] == np.arange(12) % 3).mean() > 0.9
-    assert 0.8 < said.max(1).mean() < 1
+    assert said.max(1).min() > 0.5 and said.max() < 0.999
     assert np.median(model.novelty(fresh)) < 1 < model.novelty(strange).min()
 
 

@@ -120,6 +120,44 @@ def test_draws_depend_on_their_address_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def roots_made(monkeypatch):
+    """Note every covariance that a root is taken of."""
+    made, cholesky = [], torch.linalg.cholesky
+    monkeypatch.setattr(torch.linalg, "cholesky", lambda matrix: made.append(matrix.clone()) or cholesky(matrix))
+    return made
+
+
+def test_roots_are_taken_once_and_anew_after_another_look_back(monkeypatch):
+    head, made = taught(), roots_made(monkeypatch)
+    first = head.draws(3, 0)[0]
+    assert torch.equal(head.draws(3, 0)[0], first) and len(made) == 4
+    look(head, (LABELS == 1) & (torch.arange(26) == 9))  # one more image moves its class's mean and covariance
+    second = head.draws(3, 0)[0].view(4, 3, 5)
+    assert len(made) == 8 and torch.equal(made[5], head.covariance(1)) and not torch.allclose(made[5], made[1])
+    assert [torch.equal(was, now) for was, now in zip(first.view(4, 3, 5), second, strict=True)] == [
+        True, False, True, True,
+    ]  # fmt: skip
+    assert_drawn(head, second.flatten(0, 1))
+
+
+def assert_drawn(head, features):
+    """Three features of each class are what the definition says, from covariances as they are now."""
+    generator = generator_at(0)
+    for column, own in enumerate(features.split(3)):
+        root = torch.linalg.cholesky(head.covariance(column)).float()
+        expected = head.means[column].float() + torch.randn(3, 5, generator=generator) @ root.mT
+        assert torch.equal(own, expected)
+
+
+def test_a_head_that_has_drawn_forgets_its_roots_when_it_takes_up_what_another_remembers():
+    head, other = taught(), taught()
+    look(head, LABELS == 3, batch=3)
+    other.draws(3, 0)
+    other.load_state_dict(head.state_dict())
+    assert torch.equal(other.draws(3, 0)[0], head.draws(3, 0)[0])
+    assert_drawn(other, other.draws(3, 0)[0])
+
+
 def test_many_draws_have_the_mean_and_covariance_of_the_images():
     head = taught()
     features, columns = head.draws(20_000, 0)

@@ -134,6 +134,38 @@ def test_scores_in_float32_are_those_of_float64_for_features_far_from_zero(kind,
 
 
 @every_kind
+def test_features_in_float64_are_summed_and_scored_in_float64(kind):
+    features = FEATURES.double() + 1e-9 * torch.arange(6)  # float32 would round these away
+    head, _ = taught(made(kind), features=features)
+    rows, fresh = (lifted(head, x) for x in (features, FRESH.double()))
+    sums = torch.stack([rows[LABELS.eq(label)].sum(0) for label in range(6)])
+    torch.testing.assert_close(head.seen.sums, sums, rtol=1e-13, atol=1e-13)
+    if head.needs_moment:
+        torch.testing.assert_close(head.seen.moment, rows.mT @ rows, rtol=1e-13, atol=1e-13)
+    centre, weight, bias = head.solve()
+    expected = (fresh - centre) @ weight + bias
+    said = scores(head, FRESH.double())
+    assert said.dtype == torch.float64
+    torch.testing.assert_close(said, expected, rtol=1e-12, atol=1e-12)
+
+
+def lifted(head, features):
+    """What a head makes of features in float64, by hand."""
+    if head.projection is not None:
+        return (features @ head.projection.double()).clamp_min(0)
+    return features if head.needs_moment else features / features.norm(dim=1, keepdim=True)
+
+
+@every_kind
+def test_scores_have_the_type_of_their_features_whichever_came_before(kind):
+    head, _ = taught(made(kind))
+    short, long, again = scores(head), scores(head, FRESH.double()), scores(head)
+    assert (short.dtype, long.dtype) == (torch.float32, torch.float64)
+    assert torch.equal(again, short) and not torch.equal(long.float().double(), long)
+    torch.testing.assert_close(short.double(), long, rtol=1e-4, atol=1e-4)
+
+
+@every_kind
 def test_a_gradient_can_be_had_after_scores_without_one(kind):
     """What is made once in an evaluation serves later, too."""
     head, _ = taught(made(kind))
