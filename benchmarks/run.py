@@ -4,7 +4,8 @@
     python benchmarks/run.py digits --methods vpt-deep vpt-nsp2 joint --seeds 0 --name demo
 
 Each run starts from its recipe, like `lamina run METHOD --stream STREAM`. What is finished is not run
-again, what is half done is resumed; `python benchmarks/tables.py` then rewrites the tables of README.md.
+again, what is half done is resumed, and records of other methods stay in the file;
+`python benchmarks/tables.py` then rewrites the tables of README.md.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from statistics import fmean
 
 from lamina.console import PlainProgress
 from lamina.registry import method_names
+from lamina.results.records import Record, read_records
 from lamina.runs import complete, plan
 from lamina.storage import write_whole
 
@@ -39,9 +42,16 @@ def main() -> None:
             record = complete(settings, folder, data=given.data, command=command, progress=PlainProgress)
             records.append(record)
             print(method, seed, record.metrics, flush=True)
-    records.sort(key=lambda record: (given.methods.index(record.method), record.seed))
+    path = ROOT / "benchmarks" / "results" / f"{given.name or given.stream}.json"
+    kept = [record for record in read_records(path) if record.method not in given.methods] if path.exists() else []
+    records = sorted([*kept, *records], key=lambda record: (-mean_accuracy(records + kept, record.method), record.seed))
     text = json.dumps({"records": [record.as_dict() for record in records]}, indent=1)
-    write_whole(ROOT / "benchmarks" / "results" / f"{given.name or given.stream}.json", text + "\n")
+    write_whole(path, text + "\n")
+
+
+def mean_accuracy(records: list[Record], method: str) -> float:
+    """Return what the rows of a table are sorted by."""
+    return fmean(record.metrics["accuracy"] or 0.0 for record in records if record.method == method)
 
 
 if __name__ == "__main__":

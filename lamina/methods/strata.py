@@ -28,8 +28,14 @@ from lamina.methods.vpt_nsp2_exact import VPTNSP2Exact
 
 
 class Strata(VPTNSP2Exact):
-    """Settings of the exact null space; what differs is the classifier and what it reads."""
+    """Settings of the exact null space, with a tighter bound: class statistics are sharper than a layer per task."""
 
+    lr: float = Field(
+        0.001, gt=0, description="learning rate of Adam, divided by 10 after 0.5 and again after 0.8 of a task"
+    )
+    max_drift: float = Field(
+        0.02, ge=0, description="how far one task may move old features, as a share of their spread; chooses the cut"
+    )
     head: HeadName = Field(
         "statistics",
         description="classifier: class statistics, or as in the other methods a layer per task, the same by cosine, or "
