@@ -31,11 +31,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, multiclass_calibration_error
 
-from lamina.confidence import SCORES, ClassStatistics
+from lamina.confidence import SCORES
 from lamina.continual import ContinualModel
 from lamina.data.material import Material
 from lamina.data.stream import Split, Stream, Task
 from lamina.data.streams import StreamSettings, build_stream
+from lamina.heads.moments import ClassStatistics
 from lamina.model import Batch
 from lamina.runs import commit, hardware, versions
 from lamina.seeds import seed_at
