@@ -50,7 +50,7 @@ EXAMPLE = (
     "lamina sample digits digits",
     'lamina learn digits.lamina digits/1 --name "week 1"',
     'lamina learn digits.lamina digits/2 --name "week 2"',
-    "lamina predict digits.lamina digits/test/six/003*.png digits/test/nine/002*.png --flag-novel",
+    "lamina predict digits.lamina digits/test/six/003*.png digits/test/nine/002*.png --flag-novel --novelty energy",
     "lamina evaluate digits.lamina digits/test",
 )
 
