@@ -86,6 +86,12 @@ EXPERIMENTS: dict[str, list[Variant]] = {
         Variant(f"eta {eta}, not normalised", "vpt-nsp2", {"eta1": eta, "eta2": eta, "normalize": False})
         for eta in (0.9, 0.97, 1.0)
     ],
+    "strata": [
+        Variant("strata", "strata", {}, (0, 1, 2)),
+        Variant("without prompts", "vpt-deep", {"length": 0, "epochs": 1, "head": "statistics", "layers": 2}),
+        Variant("reading the last block alone", "strata", {"layers": 1}),
+        Variant("without protection", "vpt-deep", {"length": 16, "lr": 0.001, "head": "statistics", "layers": 2}),
+    ],
     "threshold": [Variant(f"kept {kept}", "vpt-nsp2-exact", {"kept": kept}) for kept in (0.8, 0.9, 0.99, 0.999)],
 }
 
