@@ -30,6 +30,9 @@ Trainer = continual.Trainer
 continual.Trainer = lambda *parts, checkpoint_every=0, **more: Trainer(*parts, checkpoint_every=2, **more)
 """
 
+#: one pass, with a rate and a bound at which the second lesson moves prompts, too
+SETTINGS = {"epochs": 1, "batch_size": 4, "lr": 0.01, "max_drift": 0.5}
+
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory):
@@ -39,8 +42,7 @@ def shop(tmp_path_factory):
         pictures(root / name, classes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SOURCE_DATE_EPOCH", EPOCH)
-        settings = {"epochs": 1, "batch_size": 4}
-        learn_folder(root / "strata.lamina", root / "a", backbone=BACKBONE, settings=settings)
+        learn_folder(root / "strata.lamina", root / "a", backbone=BACKBONE, settings=SETTINGS)
         learn_folder(root / "mean.lamina", root / "a", backbone=BACKBONE, method="nearest-mean")
     return root
 
@@ -270,8 +272,8 @@ def test_an_unfinished_lesson_does_not_go_on_upon_another_version_of_the_file(sh
 
 
 def test_a_first_lesson_that_was_interrupted_goes_on_to_the_same_bytes(shop, tmp_path, command):
-    words = ["--backbone", BACKBONE, "--set", "epochs=1", "--set", "batch_size=4"]
-    interrupted(tmp_path / "new.lamina", shop / "a", backbone=BACKBONE, settings={"epochs": 1, "batch_size": 4})
+    words = ["--backbone", BACKBONE, *(word for pair in SETTINGS.items() for word in ("--set", "{}={}".format(*pair)))]
+    interrupted(tmp_path / "new.lamina", shop / "a", backbone=BACKBONE, settings=SETTINGS)
     assert not (tmp_path / "new.lamina").exists()
     assert command("learn", tmp_path / "new.lamina", shop / "a", *words)[0] == 0
     assert (tmp_path / "new.lamina").read_bytes() == (shop / "strata.lamina").read_bytes()
