@@ -73,7 +73,7 @@ def refinement(epochs: int = 50, draws: int = 256) -> Phase:
     """Return the phase that balances a `RefinedHead` over all classes met so far.
 
     References:
-        Lu et al., NeurIPS 2024, appendix: the head refinement of the CLIP variant, whose numbers these are.
+        The released code of Lu et al., NeurIPS 2024: the head refinement of the CLIP variant, with its numbers.
     """
     return Phase(
         epochs=epochs,

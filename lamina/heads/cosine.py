@@ -21,7 +21,7 @@ class CosineHead(LinearHead):
         scale: what cosines are multiplied by.
 
     References:
-        Hou et al., Learning a Unified Classifier Incrementally via Rebalancing, CVPR 2019, section 3.2.
+        Hou et al., Learning a Unified Classifier Incrementally via Rebalancing, CVPR 2019.
     """
 
     def __init__(self, features: int, *, scale: float = 100.0) -> None:

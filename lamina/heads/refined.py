@@ -27,8 +27,8 @@ class RefinedHead(LinearHead):
             products of what is left of features when their mean is gone. All float64.
 
     References:
-        Lu et al., Visual Prompt Tuning in Null Space for Continual Learning, NeurIPS 2024, appendix (the
-        CLIP variant); Zhang et al., SLCA, ICCV 2023, section 3.3, whose idea it is.
+        Lu et al., Visual Prompt Tuning in Null Space for Continual Learning, NeurIPS 2024, the head
+        refinement of the CLIP variant.
     """
 
     looks_at = "features"

@@ -117,7 +117,7 @@ class Discriminant(_ClosedForm):
     log-probabilities up to a common constant.
 
     References:
-        Hastie, Tibshirani and Friedman, The Elements of Statistical Learning, section 4.3.
+        Hastie, Tibshirani and Friedman, The Elements of Statistical Learning (linear discriminant analysis).
     """
 
     def solve(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,7 +136,7 @@ class Ridge(_ClosedForm):
 
     References:
         McDonnell et al., RanPAC: Random Projections and Pre-trained Models for Continual Learning,
-        NeurIPS 2023, equation 6.
+        NeurIPS 2023.
         Golub, Heath and Wahba, Generalized Cross-Validation as a Method for Choosing a Good Ridge
         Parameter, Technometrics 1979.
     """

@@ -9,7 +9,7 @@ Shared parts, in reading order:
 
 References:
     McDonnell et al., RanPAC: Random Projections and Pre-trained Models for Continual Learning, NeurIPS
-    2023, algorithm 1.
+    2023.
 """
 
 from __future__ import annotations
