@@ -74,7 +74,7 @@ def demo(
     out: Annotated[Path | None, typer.Option(help="Folder of the demo's runs; else a new one below runs/.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Learn ten digits two at a time, without and with protection, and compare: two to four minutes."""
+    """Learn ten digits two at a time, without and with protection, and compare: about four minutes."""
     from lamina.results.report import write_report
     from lamina.runs import complete, plan
 
