@@ -58,7 +58,7 @@ class VPTNSP2Exact(VPTDeep):
         prompts = DeepPrompts(range(tower.depth), self.length, tower.width, normed=True)
         learner.model.prompts = prompts
         if self.kept is None:
-            null_space: NullSpace = BoundedNullSpace(tower, prompts, max_drift=self.max_drift, right_alone=True)
+            null_space: NullSpace = BoundedNullSpace(tower, prompts, max_drift=self.max_drift)
         else:
             cut, blend = Cut(knee="energy", kept=self.kept), Blend(normalize=False)
             null_space = NullSpace(tower, prompts, cut=cut, channels=blend, tokens=blend, right_alone=True)

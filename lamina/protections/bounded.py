@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,9 +26,9 @@ class BoundedNullSpace(NullSpace):
     """Chooses which directions are free by trying, after each task, what the next one might do to old features.
 
     The tail of a spectrum says which directions matter least, not how much they matter. So the move that the
-    first task made of the prompts, when nothing held it, stands for what a task wants. It is projected with ever
-    tighter cuts, loosest first, and added to the prompts, until the features of some images of the finished task
-    drift no further than the bound. The projectors are not normalised. It is a measurement on images of the last
+    first task made of the prompts, when nothing held it, stands for what a task wants. It is projected with looser
+    and tighter cuts, and added to the prompts, to find the loosest under which the features of some images of the
+    finished task drift no further than the bound. The projectors are not normalised. It is a measurement on images of the last
     task and on one move, so later drift may be larger or smaller, and images of earlier tasks answer for
     themselves through the sums alone.
 
@@ -43,9 +44,9 @@ class BoundedNullSpace(NullSpace):
 
     measures = True
 
-    def __init__(self, tower: Tower, prompts: DeepPrompts, *, max_drift: float, right_alone: bool = False) -> None:
+    def __init__(self, tower: Tower, prompts: DeepPrompts, *, max_drift: float) -> None:
         blend = Blend(normalize=False)
-        super().__init__(tower, prompts, cut=None, channels=blend, tokens=blend, right_alone=right_alone)
+        super().__init__(tower, prompts, cut=None, channels=blend, tokens=blend)
         self.max_drift, self.drift = max_drift, 0.0
         self.start = {i: prompts.value(i).detach().clone() for i in prompts.layers}
         self.wish: dict[int, Tensor] = {}
@@ -68,19 +69,25 @@ class BoundedNullSpace(NullSpace):
         mean = reduce(rest.sum(0)) / count
         spread = (reduce((rest - mean).square().sum()) / count).sqrt()
         spectra = {i: self.spectra(i) for i in self.queries}
+        drifts: dict[float, float] = {}
         self.cut, self.drift = None, 0.0
-        try:
-            for lost in _LOST:
-                cut = Cut(knee="energy", kept=1 - lost)
-                for i, value in here.items():
-                    self.prompts.value(i).copy_(value + self.projection(i, spectra[i], cut)(self.wish[i]))
-                moved = (reduce((_features(model, batches) - rest).square().sum()) / count).sqrt()
-                if moved <= self.max_drift * spread:
-                    self.cut, self.drift = cut, float(moved / spread.clamp_min(torch.finfo().tiny))
-                    return
+
+        def within(lost: float) -> bool:
+            cut = Cut(knee="energy", kept=1 - lost)
+            for i, value in here.items():
+                self.prompts.value(i).copy_(value + self.projection(i, spectra[i], cut)(self.wish[i]))
+            moved = (reduce((_features(model, batches) - rest).square().sum()) / count).sqrt()
+            drifts[lost] = float(moved / spread.clamp_min(torch.finfo().tiny))
+            return drifts[lost] <= self.max_drift
+
+        try:  # tighter cuts move less, so the loosest that is tight enough is found by halving
+            loosest = bisect_left(_LOST, True, key=within)
         finally:
             for i, value in here.items():
                 self.prompts.value(i).copy_(value)
+        if loosest < len(_LOST):
+            lost = _LOST[loosest]
+            self.cut, self.drift = Cut(knee="energy", kept=1 - lost), drifts[lost]
 
     def state_dict(self) -> dict[str, Any]:
         state = {**super().state_dict(), "start": dict(self.start), "wish": dict(self.wish), "drift": self.drift}

@@ -200,7 +200,7 @@ def test_what_is_built_from_the_defaults(tiny_vit):
     head, (null_space,) = learner.model.head, learner.protections
     assert type(head) is Discriminant and type(head.trained) is LinearHead
     assert (learner.model.layers, learner.model.width, head.seen.sums.shape) == (2, 48, (0, 48))
-    assert type(null_space) is BoundedNullSpace and null_space.max_drift == 0.02 and null_space.right_alone
+    assert type(null_space) is BoundedNullSpace and null_space.max_drift == 0.02 and not null_space.right_alone
     assert learner.model.prompts is null_space.prompts and null_space.prompts.normed
     assert [tuple(value.shape) for value in learner.model.prompts.parameters()] == [(16, 24)] * 3
     single, double = arriving([[0], [1, 2]])

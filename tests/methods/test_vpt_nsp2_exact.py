@@ -184,7 +184,7 @@ def test_defaults_and_what_is_built_from_them(tiny_vit):
     assert (settings.length, settings.max_drift, settings.kept) == (16, 0.05, None)
     learner = settings.build(tiny_vit)
     (null_space,) = learner.protections
-    assert type(null_space) is BoundedNullSpace and null_space.max_drift == 0.05 and null_space.right_alone
+    assert type(null_space) is BoundedNullSpace and null_space.max_drift == 0.05 and not null_space.right_alone
     assert learner.model.prompts is null_space.prompts and null_space.prompts.normed
     assert [tuple(value.shape) for value in learner.model.prompts.parameters()] == [(16, 24)] * 3
 

@@ -107,9 +107,16 @@ def test_the_bounds_of_that_test_are_met_at_different_cuts(finished, batches):
     assert len(chosen) == 3
 
 
+def test_a_handful_of_tries_finds_the_cut(finished, batches):
+    model, null_space, _ = finished
+    asked = []
+    null_space.measure(model, batches, lambda total: asked.append(total) or total)
+    assert len(asked) <= 3 + 5  # count, mean and spread once; then the drift of one cut at a time
+
+
 def test_where_no_cut_keeps_the_bound_no_step_is_allowed(finished, batches):
     model, null_space, _ = finished
-    null_space.right_alone, null_space.max_drift = True, -1.0
+    null_space.max_drift = -1.0
     null_space.measure(model, batches, alone)
     assert null_space.cut is None and null_space.drift == 0 and "kept" not in null_space.state_dict()
     for projection in null_space.projections().values():
@@ -134,12 +141,9 @@ def test_measuring_leaves_the_prompts_as_they_were_even_when_it_fails(finished, 
     model, null_space, _ = finished
     before = {name: value.clone() for name, value in model.state_dict().items()}
     null_space.measure(model, batches, alone)
-    calls = []
 
     def broken(total):
-        calls.append(total)
-        if len(calls) == 4:  # the first drift of all
-            assert not torch.equal(model.prompts.value(0), before["prompts.values.0"])
+        if not torch.equal(model.prompts.value(0), before["prompts.values.0"]):
             raise KeyboardInterrupt
         return total
 
