@@ -79,20 +79,20 @@ EXPERIMENTS: dict[str, list[Variant]] = {
         for head in ("linear", "cosine", "statistics", "refined")
     ],
     "drift": [
-        Variant(f"max_drift {bound}", "vpt-nsp2-exact", {"max_drift": bound}) for bound in (0.02, 0.05, 0.1, 0.2, 0.4)
+        Variant(f"max_drift {bound}", "vpt-nsp2-exact", {"max_drift": bound}) for bound in (0.02, 0.05, 0.1, 0.4)
     ],
-    "eta": [Variant(f"eta {eta}", "vpt-nsp2", {"eta1": eta, "eta2": eta}) for eta in (0.5, 0.9, 0.97, 1.0)]
+    "eta": [Variant(f"eta {eta}", "vpt-nsp2", {"eta1": eta, "eta2": eta}) for eta in (0.9, 0.97, 1.0)]
     + [
         Variant(f"eta {eta}, not normalised", "vpt-nsp2", {"eta1": eta, "eta2": eta, "normalize": False})
-        for eta in (0.9, 0.97, 1.0)
+        for eta in (0.97, 1.0)
     ],
     "strata": [
         Variant("strata", "strata", {}, (0, 1, 2)),
-        Variant("without prompts", "vpt-deep", {"length": 0, "epochs": 1, "head": "statistics", "layers": 2}),
         Variant("reading the last block alone", "strata", {"layers": 1}),
-        Variant("without protection", "vpt-deep", {"length": 16, "lr": 0.001, "head": "statistics", "layers": 2}),
+        Variant("with 16 prompts", "strata", {"length": 16}),
+        Variant("the same, unprotected", "vpt-deep", {"length": 16, "lr": 0.001, "head": "statistics", "layers": 2}),
     ],
-    "threshold": [Variant(f"kept {kept}", "vpt-nsp2-exact", {"kept": kept}) for kept in (0.8, 0.9, 0.99, 0.999)],
+    "threshold": [Variant(f"kept {kept}", "vpt-nsp2-exact", {"kept": kept}) for kept in (0.9, 0.99)],
 }
 
 

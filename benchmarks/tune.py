@@ -47,10 +47,10 @@ TRIES: dict[str, list[dict[str, Any]]] = {
     ],
     "linear-probe": RATES,
     "strata": [
-        {"lr": 0.001, "max_drift": 0.02, "layers": 2},
-        {"lr": 0.001, "max_drift": 0.02, "layers": 4},
-        {"lr": 0.01, "max_drift": 0.05, "layers": 2},
-        {"lr": 0.001, "max_drift": 0.05, "layers": 2},
+        {"length": 0, "layers": 2},
+        {"length": 0, "layers": 4},
+        {"length": 16, "layers": 2, "lr": 0.001, "max_drift": 0.02},
+        {"length": 16, "layers": 2, "lr": 0.01, "max_drift": 0.05},
     ],
     "ranpac": [{}],
 }

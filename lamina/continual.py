@@ -388,6 +388,7 @@ class ContinualModel:
             augmentation=self.augmentation,
             seed=self.seed,
             features=self.backbone.tower if learner.cache == "features" else None,
+            layers=learner.model.layers,
         )
         observers = [] if statistics is learner.model.head.statistics else [statistics]
         return Trainer(learner, feed, self.fabric, seed=self.seed, observers=observers, **arguments)

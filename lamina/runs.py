@@ -230,6 +230,7 @@ def _run(
         eval_batch=run.eval_batch,
         workers=run.workers,
         features=backbone.tower if learner.cache == "features" else None,
+        layers=learner.model.layers,
     )
     asked = {name: value for name, value in run.model_dump().items() if name not in _FREE}
     if not run.measure_drift:  # a checkpoint from before there was a meter is one of a run that measures none

@@ -79,7 +79,7 @@ def test_after_three_lessons_a_fresh_process_tells_old_classes_and_new_ones(shop
 
 def test_three_lessons_of_prompts_keep_columns_in_order_of_arrival_and_old_classes_alive(shop, tmp_path):
     path = tmp_path / "strata.lamina"
-    words = ["--backbone", "lamina:vit-nano", "--set=epochs=3", "--set=batch_size=7"]
+    words = ["--backbone", "lamina:vit-nano", "--set=length=16", "--set=epochs=3", "--set=batch_size=7"]
     for name in ("1", "2", "3"):
         code, _, errors = Forked("learn", path, shop / name, *words, folder=tmp_path).end()
         assert code == 0, errors
@@ -451,7 +451,7 @@ def test_inspect_tells_lessons_classes_sizes_and_drift(learned, command):
 def test_inspect_tells_the_room_in_every_block(shop, tmp_path, command):
     path = tmp_path / "strata.lamina"
     for name in ("1", "2"):
-        words = ["--backbone", BACKBONE, "--set=epochs=1"] if name == "1" else []
+        words = ["--backbone", BACKBONE, "--set=length=16", "--set=epochs=1"] if name == "1" else []
         assert command("learn", path, shop / name, *words)[0] == 0
     found = json.loads(command("inspect", path, "--json")[1])
     assert {(row["block"], row["what"]) for row in found["room"]} == {

@@ -31,7 +31,7 @@ continual.Trainer = lambda *parts, checkpoint_every=0, **more: Trainer(*parts, c
 """
 
 #: one pass, with a rate and a bound at which the second lesson moves prompts, too
-SETTINGS = {"epochs": 1, "batch_size": 4, "lr": 0.01, "max_drift": 0.5}
+SETTINGS = {"length": 16, "epochs": 1, "batch_size": 4, "lr": 0.01, "max_drift": 0.5}
 
 
 @pytest.fixture(scope="module")

@@ -28,9 +28,9 @@ class BoundedNullSpace(NullSpace):
     The tail of a spectrum says which directions matter least, not how much they matter. So the move that the
     first task made of the prompts, when nothing held it, stands for what a task wants. It is projected with looser
     and tighter cuts, and added to the prompts, to find the loosest under which the features of some images of the
-    finished task drift no further than the bound. The projectors are not normalised. It is a measurement on images of the last
-    task and on one move, so later drift may be larger or smaller, and images of earlier tasks answer for
-    themselves through the sums alone.
+    finished task drift no further than the bound. The projectors are not normalised. It is a measurement on images
+    of the last task and on one move, so later drift may be larger or smaller, and images of earlier tasks
+    answer for themselves through the sums alone.
 
     Args:
         max_drift: how far features may move, root mean square, as a share of their spread: the root mean

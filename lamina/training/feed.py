@@ -48,6 +48,7 @@ class Feed:
         eval_batch: images in one batch where nothing is trained.
         workers: processes that load training images; 0 loads in this one.
         features: the frozen tower, when its features stand in for images.
+        layers: from how many of its last blocks they are read, side by side.
     """
 
     fabric: Fabric
@@ -57,6 +58,7 @@ class Feed:
     eval_batch: int = 100
     workers: int = 0
     features: Tower | None = None
+    layers: int = 1
 
     def __post_init__(self) -> None:
         self.share = Share(self.fabric.global_rank, self.fabric.world_size)
@@ -124,12 +126,16 @@ class Feed:
         if tower is None:
             raise ValueError("this feed brings images, not features")
         dtype = str(next(tower.parameters()).dtype)
-        key = hashed(tower.fingerprint, dtype, repr(self.spec), split.images.fingerprint, split.indices)
+        key = hashed(
+            tower.fingerprint, dtype, repr(self.spec), split.images.fingerprint, split.indices, str(self.layers)
+        )
 
         def fill(out: np.ndarray) -> None:
             for part in plain_batches(split, self.plain_transform, batch_size=self.eval_batch):
                 with torch.no_grad():
-                    out[part.positions] = tower(self.fabric.to_device(part.images)).features.cpu().numpy()
+                    encoded = tower(self.fabric.to_device(part.images), layers=self.layers)
+                    out[part.positions] = encoded.features.cpu().numpy()
 
-        array = cached_array(f"features-{key}", (len(split), tower.features), np.float32, fill, kind="features")
+        shape = (len(split), self.layers * tower.features)
+        array = cached_array(f"features-{key}", shape, np.float32, fill, kind="features")
         return torch.from_numpy(np.array(array))

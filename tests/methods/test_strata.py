@@ -92,6 +92,29 @@ def test_predictions_are_those_of_a_discriminant_of_the_features_that_each_look_
         assert (said.argmax(1).numpy() == task.test.columns).mean() > 0.8
 
 
+def test_without_prompts_features_are_the_frozen_towers_and_read_from_two_blocks(tiny_vit):
+    trainer, stream = trainer_of(Strata(), tiny_vit), arriving([[3, 0], [1], [2, 4]])
+    trainer.run(stream)
+    task = stream.tasks[2]
+    rows = [batch.features for batch in trainer.feed.plain(task.test)]
+    bare = trainer_of(Strata(length=5), tiny_vit)  # reads images
+    with torch.no_grad():
+        seen = torch.cat([tiny_vit(batch.images, layers=2).features for batch in bare.feed.plain(task.test)])
+    assert torch.cat(rows).shape == (len(task.test), 48)
+    torch.testing.assert_close(torch.cat(rows), seen, rtol=1e-5, atol=1e-5)
+    assert np.mean(trainer.matrix[-1]) > 0.9
+
+
+def test_without_prompts_the_order_and_the_number_of_tasks_do_not_matter(tiny_vit):
+    said = []
+    for groups in ([[3, 0], [1], [2, 4]], [[3], [0, 1, 2], [4]]):
+        trainer, stream = trainer_of(Strata(), tiny_vit), arriving(groups)
+        trainer.run(stream)
+        test = torch.cat([batch.features for task in stream for batch in trainer.feed.plain(task.test)])
+        said.append(trainer.learner.model.head(test).logits)
+    torch.testing.assert_close(said[0], said[1], rtol=1e-5, atol=1e-4)
+
+
 def test_no_drift_allowed_after_the_first_task_means_that_old_features_stay_where_they_are(tiny_vit):
     trainer, stream = made(tiny_vit, max_drift=0.0), arriving([[3, 0], [1, 2, 4]])
     first = prompts_of(trainer)
@@ -181,7 +204,7 @@ def test_a_tighter_bound_cuts_earlier_after_a_first_task_of_a_single_class(tiny_
 
 def test_defaults():
     assert Strata().model_dump() == {
-        "length": 16,
+        "length": 0,
         "epochs": 100,
         "batch_size": 256,
         "lr": 0.001,
@@ -195,8 +218,8 @@ def test_defaults():
     assert method_class("strata") is Strata
 
 
-def test_what_is_built_from_the_defaults(tiny_vit):
-    learner = Strata().build(tiny_vit)
+def test_what_is_built_with_prompts(tiny_vit):
+    learner = Strata(length=16).build(tiny_vit)
     head, (null_space,) = learner.model.head, learner.protections
     assert type(head) is Discriminant and type(head.trained) is LinearHead
     assert (learner.model.layers, learner.model.width, head.seen.sums.shape) == (2, 48, (0, 48))
@@ -208,10 +231,21 @@ def test_what_is_built_from_the_defaults(tiny_vit):
     assert learner.refine(double) == [] and not learner.at_once and learner.cache == "off"
 
 
+def test_by_default_nothing_is_trained(tiny_vit):
+    learner = Strata().build(tiny_vit)
+    assert learner.model.prompts is None and not list(learner.model.head.parameters())
+    assert (learner.model.layers, learner.model.width, learner.cache) == (2, 48, "features")
+    assert not learner.protections and not learner.phases(arriving([[0, 1]]).tasks[0])
+
+
 def test_a_wrong_setting_says_what_would_be_right():
     with pytest.raises(ConfigError) as error:
         Strata(layers=0)
     assert str(error.value) == "Strata.layers must be at least 1; got 0"
+    with pytest.raises(ConfigError) as error:
+        Strata(head="cosine")
+    assert str(error.value) == "head must be \"statistics\" where length is 0, since nothing trains it; got 'cosine'"
+    assert Strata(head="cosine", length=1).head == "cosine"
     with pytest.raises(ConfigError) as error:
         Strata(head="statistic")
     assert str(error.value) == ("Strata.head must be 'linear', 'cosine', 'statistics' or 'refined'; got 'statistic'")
