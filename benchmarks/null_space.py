@@ -81,7 +81,7 @@ EXPERIMENTS: dict[str, list[Variant]] = {
     "drift": [
         Variant(f"max_drift {bound}", "vpt-nsp2-exact", {"max_drift": bound}) for bound in (0.02, 0.05, 0.1, 0.4)
     ],
-    "eta": [Variant(f"eta {eta}", "vpt-nsp2", {"eta1": eta, "eta2": eta}) for eta in (0.9, 0.97, 1.0)]
+    "eta": [Variant(f"eta {eta}", "vpt-nsp2", {"eta1": eta, "eta2": eta}) for eta in (0.5, 0.9, 0.97, 1.0)]
     + [
         Variant(f"eta {eta}, not normalised", "vpt-nsp2", {"eta1": eta, "eta2": eta, "normalize": False})
         for eta in (0.97, 1.0)
