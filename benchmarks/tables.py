@@ -39,6 +39,7 @@ TABLES = {
     "tiny-odd-10": Source("tiny-odd-10.json"),
 }
 EXPERIMENTS = "null-space"
+LONG, COSTS = "long-streams", "heads"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "null-space.md")
 
 
@@ -71,8 +72,8 @@ def experiment(values: Mapping[str, Any], name: str) -> str:
         raise ConfigError(unknown("experiment", name, values["experiments"]))
     records = [Record.from_dict(record) for record in values["records"]]
     lines = [
-        "| variant | accuracy (%) | forgetting (%) | new tasks (%) | drift (%) | n |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| variant | accuracy (%) | forgetting (%) | new tasks (%) | drift (%) | looking back (% of training) | n |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     used = []
     for row in values["experiments"][name]:
@@ -87,10 +88,41 @@ def experiment(values: Mapping[str, Any], name: str) -> str:
             [run.metrics["forgetting"] for run in runs],
             [sum(line[-1] for line in run.matrix) / len(run.matrix) for run in runs],
             [run.old_drift[-1][-1] for run in runs],
+            [sum(run.seconds["look_back"]) / sum(run.seconds["train"]) for run in runs if any(run.seconds["train"])],
         ]
-        shown = [str(spread(cell)) if cell else "not yet run" for cell in cells]
+        shown = [str(spread(cell)) if cell else "–" if runs else "not yet run" for cell in cells]
         lines.append(f"| {row['name']} | {' | '.join(shown)} | {len(runs)} |")
     return "\n".join(lines) + "\n" + (f"\n{caption(used)}\n" if used else "")
+
+
+def long_streams(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Return the Markdown table of what `benchmarks/long_streams.py` wrote: a row for each run and measure."""
+    shown = sorted({row["task"] for run in runs for row in run["rows"]})
+    lines = [
+        f"| method | tasks | measure | {' | '.join(f'task {task}' for task in shown)} |",
+        f"|---|---:|---|{'---:|' * len(shown)}",
+    ]
+    for run in runs:
+        at = {row["task"]: row for row in run["rows"]}
+        for measure in run["rows"][0]:
+            if measure != "task":
+                cells = [str(at[task][measure]) if task in at else "–" for task in shown]
+                lines.append(f"| {run['method']} | {run['tasks']} | {measure} | {' | '.join(cells)} |")
+    commits = _values(f"`{run['commit'][:12]}`" for run in runs)
+    return "\n".join(lines) + f"\n\n{_values(run['hardware'] for run in runs)}; commit {commits}.\n"
+
+
+def costs(values: Mapping[str, Any]) -> str:
+    """Return the Markdown tables of what `benchmarks/heads.py` wrote: steps compared, and closed forms."""
+    lines = ["| step against step | on | times as long (quartiles) |", "|---|---|---:|"]
+    for size, pairs in values["steps, processor time"].items():
+        for pair, found in pairs.items():
+            low, high = found["quartiles"]
+            lines.append(f"| {pair} | {size} | {found['median']:.3f} ({low:.3f} to {high:.3f}) |")
+    lines += ["", "| closed form, 200 classes, 768 features | seconds |", "|---|---:|"]
+    lines += [f"| {name} | {seconds} |" for name, seconds in values["closed forms, seconds"].items()]
+    said = f"{values['processor']}, steps on one thread, closed forms on {values['threads of the closed forms']}"
+    return "\n".join(lines) + f"\n\nMedians of {values['rounds']} rounds; {said}; commit `{values['commit'][:12]}`.\n"
 
 
 def caption(records: Sequence[Record]) -> str:
@@ -127,10 +159,13 @@ def rewrite(text: str, results: Path) -> tuple[str, list[str]]:
         group, _, part = name.partition("/")
         if part and group == EXPERIMENTS:
             body = experiment(json.loads((results / f"{group}.json").read_text()), part)
+        elif name in (LONG, COSTS):
+            found = json.loads((results / f"{name}.json").read_text())
+            body = long_streams(found) if name == LONG else costs(found)
         elif name in TABLES:
             body = table(read_records(results / TABLES[name].file), TABLES[name].columns)
         else:
-            raise ConfigError(unknown("table", name, TABLES))
+            raise ConfigError(unknown("table", name, [*TABLES, LONG, COSTS]))
         if body != block["body"]:
             changed.append(name)
         return f"{block[1]}{body}{block[4]}"

@@ -334,7 +334,7 @@ def test_memory_stays_flat_over_many_images(learned, tmp_path, count):
     process = Forked("predict", learned, folder, "--format", "jsonl", folder=tmp_path, first=MEASURED)
     code, out, errors = process.end()
     assert code == 0 and len(rows(out)) == count
-    assert float(errors[-1]) < 15  # MB
+    assert float(errors[-1]) < 30  # MB
 
 
 def test_new_looking_images_can_be_flagged_and_the_score_chosen(shop, learned, tmp_path, command):
