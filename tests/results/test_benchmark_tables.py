@@ -74,7 +74,7 @@ def test_commits_and_hardware_that_differ_are_all_in_the_caption(call, seeds):
     [
         (
             README.replace("demo", "dem"),
-            "no table is called 'dem'; did you mean 'demo'? Known: demo, tiny-odd-10",
+            "no table is called 'dem'; did you mean 'demo'? Known: demo, heads, long-streams, tiny-odd-10",
         ),
         (
             README.replace("<!-- /table -->", ""),
@@ -118,12 +118,40 @@ def test_a_variant_is_averaged_over_its_own_runs_and_one_not_yet_run_says_so(cal
     (tmp_path / "null-space.json").write_text(json.dumps(values))
     page = "<!-- table: null-space/parts -->\n<!-- /table -->\n"
     _, text, _ = call(None, readme=page)
-    assert "| variant | accuracy (%) | forgetting (%) | new tasks (%) | drift (%) | n |" in text
-    assert "| all | 36.0 ± 1.4 | 32.0 ± 1.9 | 60.0 ± 0.0 | 10.0 ± 0.0 | 2 |" in text
-    assert "| none | not yet run | not yet run | not yet run | not yet run | 0 |" in text
+    assert "| variant | accuracy (%) | forgetting (%) | new tasks (%) | drift (%) | looking back (% of training) | n |" in text
+    assert "| all | 36.0 ± 1.4 | 32.0 ± 1.9 | 60.0 ± 0.0 | 10.0 ± 0.0 | 3.7 ± 0.0 | 2 |" in text
+    assert "| none | not yet run | not yet run | not yet run | not yet run | not yet run | 0 |" in text
 
 
 def test_an_experiment_that_nobody_made_is_named(call, tmp_path):
     (tmp_path / "null-space.json").write_text(json.dumps({"experiments": {"parts": []}, "records": []}))
     page = "<!-- table: null-space/part -->\n<!-- /table -->\n"
     assert call(None, readme=page) == (2, page, "no experiment is called 'part'; did you mean 'parts'? Known: parts\n")
+
+
+def test_a_long_stream_has_a_line_for_each_measure_and_a_dash_where_it_ended_earlier(call, tmp_path):
+    facts = {"hardware": "2 cores of a test machine", "commit": "07b52d9" * 3}
+    rows = [{"task": task, "seconds": 0.5 + task, "kept (MB)": task / 4} for task in (1, 10)]
+    runs = [{"method": "ranpac", "tasks": 10, "rows": rows, **facts}]
+    runs += [{"method": "strata", "tasks": 5, "rows": rows[:1], **facts}]
+    (tmp_path / "long-streams.json").write_text(json.dumps(runs))
+    text = call(None, readme="<!-- table: long-streams -->\n<!-- /table -->\n")[1]
+    assert "| method | tasks | measure | task 1 | task 10 |" in text
+    assert "| ranpac | 10 | seconds | 1.5 | 10.5 |" in text and "| ranpac | 10 | kept (MB) | 0.25 | 2.5 |" in text
+    assert "| strata | 5 | kept (MB) | 0.25 | – |" in text
+    assert "2 cores of a test machine; commit `07b52d907b52`." in text
+
+
+def test_costs_are_ratios_of_steps_and_seconds_of_closed_forms(call, tmp_path):
+    values = {
+        "steps, processor time": {"vit, batch 8": {"one / other": {"median": 1.0251, "quartiles": [0.99, 1.0349]}}},
+        "closed forms, seconds": {"ridge: solve": 0.125},
+        "processor": "a test machine",
+        "threads of the closed forms": 3,
+        "rounds": 7,
+        "commit": "07b52d9" * 3,
+    }
+    (tmp_path / "heads.json").write_text(json.dumps(values))
+    text = call(None, readme="<!-- table: heads -->\n<!-- /table -->\n")[1]
+    assert "| one / other | vit, batch 8 | 1.025 (0.990 to 1.035) |" in text and "| ridge: solve | 0.125 |" in text
+    assert "Medians of 7 rounds; a test machine, steps on one thread, closed forms on 3; commit `07b52d907b52`." in text
