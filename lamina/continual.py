@@ -65,7 +65,8 @@ class ContinualModel:
         spec: the pixels that the backbone takes.
 
     Raises:
-        ConfigError: when a name or a setting is wrong, or the method cannot learn in lessons.
+        ConfigError: when a name or a setting is wrong, the method cannot learn in lessons, or what it says of an image
+            depends on others.
     """
 
     def __init__(
@@ -92,11 +93,17 @@ class ContinualModel:
         self.confidence = Confidence()
         try:
             with torch.device("meta"):  # takes no memory, whatever the settings ask for
-                at_once = self._fresh()[0].at_once
+                built = self._fresh()[0]
         except RuntimeError as error:
             raise ConfigError(f"{method} cannot be made with these settings: {str(error).splitlines()[0]}") from None
-        if at_once:
+        if built.at_once:
             raise ConfigError(f"{method} learns all classes at once, so it cannot take lessons; choose another one")
+        if built.model.transductive:
+            got = self.settings.model_dump().get("selection")
+            raise ConfigError(
+                f"what a kept model says of an image must not depend on the other images of a batch; with "
+                f"selection={got} what {method} says does: take selection=image, or measure it by `lamina run`"
+            )
         if not _empty:
             self._use(*self._fresh())
 
@@ -382,14 +389,7 @@ class ContinualModel:
         self._gaussians = gaussians(statistics)
 
     def _trainer(self, learner: Learner, statistics: ClassStatistics, **arguments: Any) -> Trainer:
-        feed = Feed(
-            self.fabric,
-            self.spec,
-            augmentation=self.augmentation,
-            seed=self.seed,
-            features=self.backbone.tower if learner.cache == "features" else None,
-            layers=learner.model.layers,
-        )
+        feed = Feed.to(learner, self.fabric, self.spec, augmentation=self.augmentation, seed=self.seed)
         observers = [] if statistics is learner.model.head.statistics else [statistics]
         return Trainer(learner, feed, self.fabric, seed=self.seed, observers=observers, **arguments)
 

@@ -32,6 +32,8 @@ class Phase:
         draws: 0 takes the task's images; otherwise features that the head draws take their place, so many of
             each class met so far in an epoch.
         parameters: what is trained; None takes all that ask for a gradient.
+        clip_norm: of all gradients together, the longest a step may use; longer ones are scaled down to it. None
+            leaves them as they are.
     """
 
     epochs: int
@@ -43,6 +45,7 @@ class Phase:
     repeat: int = 1
     draws: int = 0
     parameters: Callable[[PromptedModel], Sequence[nn.Parameter]] | None = None
+    clip_norm: float | None = None
 
 
 def _nothing(task: Task) -> Sequence[Phase]:

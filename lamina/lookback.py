@@ -26,10 +26,11 @@ class Watcher:
     `state_dict`: tensors, numbers and strings, in dictionaries and lists.
 
     Attributes:
-        looks_at: "nothing" needs no pass at all, "features" sees pooled features, "probes" sees blocks.
+        looks_at: "nothing" needs no pass at all, "features" sees pooled features, "probes" sees
+            blocks, "queries" sees the frozen tower's features, as prompts that are chosen by them do.
     """
 
-    looks_at: Literal["nothing", "features", "probes"] = "nothing"
+    looks_at: Literal["nothing", "features", "probes", "queries"] = "nothing"
 
     def begin_look(self) -> None:
         """Get ready for a pass; whatever an unfinished pass had gathered is thrown away."""
@@ -38,7 +39,7 @@ class Watcher:
         """Take in one block of one batch."""
 
     def collect(self, features: Tensor, columns: Tensor) -> None:
-        """Take in features (B, F) and their columns (B,) of one batch."""
+        """Take in features or queries (B, F) and their columns (B,) of one batch."""
 
     def end_look(self, reduce: Reduce) -> None:
         """Make what was gathered part of what is remembered; called once per task in any case."""

@@ -38,7 +38,7 @@ class Batch(NamedTuple):
 
 
 class Output(NamedTuple):
-    """Logits (B, C) or (S, B, C), and weighted extra losses by name.
+    """Logits (B, C) or (S, B, C), weighted extra losses by name, and the chosen prompts (B, k) where there is a pool.
 
     A tuple, not a dataclass: Fabric and DDP walk what a module returns, and Fabric refuses frozen
     dataclasses.
@@ -46,6 +46,7 @@ class Output(NamedTuple):
 
     logits: Tensor
     terms: dict[str, Tensor]
+    chosen: Tensor | None = None
 
 
 class PromptedModel(nn.Module):
@@ -68,15 +69,27 @@ class PromptedModel(nn.Module):
         self.tower, self.prompts, self.head, self.layers = tower, prompts, head, layers
         self.width = layers * tower.features
 
+    @property
+    def transductive(self) -> bool:
+        """Whether the prediction for an image depends on the other images of its batch."""
+        return self.prompts is not None and self.prompts.transductive
+
     def begin_task(self, task: Task) -> None:
         """Let prompts and head grow for a task; called once per task, in order."""
         if self.prompts is not None:
-            self.prompts.begin_task(task.index)
+            self.prompts.begin_task(task.index, task.columns)
         self.head.begin_task(task.index, task.classes, task.columns)
 
     def learned(self) -> dict[str, Tensor]:
         """Return everything that is not the frozen tower, by name."""
         return {name: value for name, value in self.state_dict().items() if not name.startswith("tower.")}
+
+    def query(self, batch: Batch) -> Tensor:
+        """Return the features (B, F) of the frozen tower without prompts, by which prompts are chosen."""
+        if batch.query is not None:
+            return batch.query
+        with torch.no_grad():
+            return self.tower(batch.images).features
 
     def look(
         self, batch: Batch, *, task: int | None = None, tap: Tap | None = None
@@ -86,10 +99,7 @@ class PromptedModel(nn.Module):
             raise ValueError("a batch without images cannot be encoded; it holds cached features")
         if self.prompts is None:
             return self.tower(batch.images, tap=tap, layers=self.layers), None
-        query = batch.query
-        if query is None and self.prompts.query == "frozen":
-            with torch.no_grad():
-                query = self.tower(batch.images).features
+        query = self.query(batch) if self.prompts.query == "frozen" else None
         started = self.prompts.start(query, task)
         return self.tower(batch.images, started, tap, layers=self.layers), started
 
@@ -97,16 +107,22 @@ class PromptedModel(nn.Module):
         self, batch: Batch, *, task: int | None = None, tap: Tap | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return what the head reads, (B, F) float32, and the prompts' loss terms."""
+        return self._read(batch, task, tap)[:2]
+
+    def _read(
+        self, batch: Batch, task: int | None, tap: Tap | None = None
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """Return what the head reads, the prompts' loss terms, and which prompts were chosen."""
         if batch.features is not None and tap is None:
-            return batch.features, {}
+            return batch.features, {}, None
         encoded, started = self.look(batch, task=task, tap=tap)
-        terms = started.terms if started is not None else {}
+        terms, chosen = (started.losses(batch.labels), started.chosen) if started is not None else ({}, None)
         if self.prompts is not None and self.prompts.readout == "prompts" and encoded.prompts is not None:
-            return encoded.prompts.float().mean(1), terms
-        return encoded.features, terms
+            return encoded.prompts.float().mean(1), terms, chosen
+        return encoded.features, terms, chosen
 
     def forward(self, batch: Batch, task: int | None = None) -> Output:
         """Score a batch; `task` is the true task in training, None in evaluation."""
-        features, terms = self.features(batch, task=task)
+        features, terms, chosen = self._read(batch, task)
         scores = self.head(features, batch.labels)
-        return Output(scores.logits, {**terms, **scores.terms})
+        return Output(scores.logits, {**terms, **scores.terms}, chosen)

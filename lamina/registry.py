@@ -10,7 +10,13 @@ from lamina.errors import ConfigError, unknown
 
 #: name -> "module:Class". Written out, so that a reader can grep it and `--help` need not import torch.
 METHODS: dict[str, str] = {
+    "coda-prompt": "lamina.methods.coda_prompt:CODAPrompt",
+    "cprompt": "lamina.methods.cprompt:CPrompt",
+    "dualprompt": "lamina.methods.dualprompt:DualPrompt",
+    "dualprompt-pgp": "lamina.methods.dualprompt_pgp:DualPromptPGP",
     "joint": "lamina.methods.joint:Joint",
+    "l2p": "lamina.methods.l2p:L2P",
+    "l2p-pgp": "lamina.methods.l2p_pgp:L2PPGP",
     "linear-probe": "lamina.methods.linear_probe:LinearProbe",
     "nearest-mean": "lamina.methods.nearest_mean:NearestMean",
     "ranpac": "lamina.methods.ranpac:RanPAC",
@@ -18,6 +24,7 @@ METHODS: dict[str, str] = {
     "vpt-deep": "lamina.methods.vpt_deep:VPTDeep",
     "vpt-nsp2": "lamina.methods.vpt_nsp2:VPTNSP2",
     "vpt-nsp2-exact": "lamina.methods.vpt_nsp2_exact:VPTNSP2Exact",
+    "vpt-pgp": "lamina.methods.vpt_pgp:VPTPGP",
 }
 
 

@@ -50,6 +50,7 @@ class RunSettings(Settings):
     workers: int = Field(0, ge=0, description="processes that load training images")
     eval_batch: int = Field(100, ge=1, description="images in one batch where nothing is trained")
     measure_drift: bool = Field(False, description="measure how far features of old test images move")
+    online: bool = Field(False, description="train on each image once: one pass, no repeated view")
     settings: dict[str, Any] = Field(
         default_factory=dict, description="of the method; what is not given keeps its default"
     )
@@ -222,19 +223,19 @@ def _run(
     torch.manual_seed(seed_at(run.seed, "build"))
     method = method_class(run.method)(**run.settings)
     learner = method.build(backbone.tower)
-    feed = Feed(
+    feed = Feed.to(
+        learner,
         fabric,
         spec,
         augmentation=run.augmentation,
         seed=run.seed,
         eval_batch=run.eval_batch,
         workers=run.workers,
-        features=backbone.tower if learner.cache == "features" else None,
-        layers=learner.model.layers,
     )
     asked = {name: value for name, value in run.model_dump().items() if name not in _FREE}
-    if not run.measure_drift:  # a checkpoint from before there was a meter is one of a run that measures none
-        del asked["measure_drift"]
+    for name in ("measure_drift", "online"):  # a checkpoint from before they were there is one of a run without
+        if not asked[name]:
+            del asked[name]
     identity = {
         **asked,
         "settings": method.model_dump(),
@@ -252,6 +253,7 @@ def _run(
         identity=identity,
         progress=progress() if progress is not None and fabric.is_global_zero else None,
         meter=DriftMeter(stream) if run.measure_drift and not learner.at_once else None,
+        online=run.online,
     )
     trainer.restore(stream)
     if fabric.is_global_zero and not (folder / SETTINGS).exists():  # not before all that was asked for was found
@@ -269,16 +271,18 @@ def _run(
         seed=run.seed,
         order_seed=stream.order_seed,
         protocol={
-            "kind": "joint" if learner.at_once else "class-incremental",
+            "kind": "joint" if learner.at_once else stream.kind,
+            **stream.details,
+            **({"online": "one pass"} if run.online else {}),
             "tasks": len(stream),
-            "classes": sum(len(task.classes) for task in stream),
+            "classes": stream.columns,
             "train_images": sum(train),
             "test_images": sum(test),
             "tested_on": "held-out training images" if run.stream.holdout else "test images",
             "image_size": spec.size,
             "augmentation": "none (cached features)" if learner.cache == "features" else run.augmentation,
             "precision": identity["precision"],
-            "test_batch": "independent",
+            **_test_batch(learner.model.transductive, run.eval_batch),
             "skipped_images": stream.skipped,
         },
         classes=[list(task.classes) for task in stream],
@@ -300,11 +304,17 @@ def _run(
         finished=True,
         command=command,
         drift=trainer.meter.drift if trainer.meter is not None else [],
+        usage=trainer.usage,
     )
     if fabric.is_global_zero:
         checkpoint.save_learned(folder, learner.model.learned())
         record.write(folder / RESULTS)
     return record
+
+
+def _test_batch(transductive: bool, size: int) -> dict[str, str | int]:
+    """Return what a reader must know of the batches that test images came in: their size, where it may matter."""
+    return {"test_batch": "transductive", "test_batch_size": size} if transductive else {"test_batch": "independent"}
 
 
 def _tensors(value: Any) -> list[Any]:

@@ -33,3 +33,21 @@ def cosine(floor: float = 0.0) -> Schedule:
     [1.0, 0.5, 0.0]
     """
     return lambda progress: floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def cosine_by_epoch(epochs: int) -> Schedule:
+    """Let the learning rate fall along a cosine, once an epoch, from 1 to cos(99 pi / 200) in the last one.
+
+    One epoch alone keeps the learning rate.
+
+    >>> [round(cosine_by_epoch(3)(p), 4) for p in (0.0, 0.3, 0.34, 0.67, 0.99)]
+    [1.0, 1.0, 0.7126, 0.0157, 0.0157]
+    >>> cosine_by_epoch(1)(0.9)
+    1.0
+    """
+
+    def factor(progress: float) -> float:
+        epoch = math.floor(progress * epochs + 1e-9)  # a step that begins an epoch may be a rounding error before it
+        return math.cos(99 / 200 * math.pi * epoch / max(epochs - 1, 1))
+
+    return factor

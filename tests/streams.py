@@ -44,6 +44,5 @@ def trainer_of(settings, tower, *, fabric=None, seed=0, **arguments):
     fabric = fabric or Fabric(accelerator="cpu", devices=1)
     torch.manual_seed(seed)
     learner = settings.build(tower)
-    features = tower if learner.cache == "features" else None
-    feed = Feed(fabric, SPEC, seed=seed, eval_batch=6, features=features, layers=learner.model.layers)
+    feed = Feed.to(learner, fabric, SPEC, seed=seed, eval_batch=6)
     return Trainer(learner, feed, fabric, seed=seed, **arguments)

@@ -125,7 +125,10 @@ def test_the_version_is_said():
 
 # ── wrong words ──────────────────────────────────────────────────────────────────────────────────────
 
-KNOWN = "Known: joint, linear-probe, nearest-mean, ranpac, strata, vpt-deep, vpt-nsp2, vpt-nsp2-exact"
+KNOWN = (
+    "Known: coda-prompt, cprompt, dualprompt, dualprompt-pgp, joint, l2p, l2p-pgp, linear-probe, nearest-mean, ranpac, "
+    "strata, vpt-deep, vpt-nsp2, vpt-nsp2-exact, vpt-pgp"
+)
 SETTINGS = (
     "Known: batch_size, center, epochs, eta1, eta2, gain_control, head, kept, knee, layers, length, ln_correction, lr, "
     "moments, multiple, normalize, parity, temperature, use_b1, use_b2, use_ln_loss, weight_decay"
@@ -146,8 +149,9 @@ SETTINGS = (
         ),
         (
             ["run", "nearest-mean", "--stream", "digit"],
-            "no stream is called 'digit'; did you mean 'digits'? Known: cifar10, cifar100, digits, folder:PATH, "
-            "tiny-even-10, tiny-even-10-full, tiny-imagenet, tiny-odd-10, tiny-odd-10-full",
+            "no stream is called 'digit'; did you mean 'digits'? Known: cifar10, cifar100, digits, "
+            "digits-domains, folder-domains:PATH, folder:PATH, tiny-even-10, tiny-even-10-full, tiny-imagenet, "
+            "tiny-odd-10, tiny-odd-10-full",
         ),
         (
             ["run", "nearest-mean", "--stream", "digits", "--backbone", "lamina:vit-nona"],
@@ -163,8 +167,8 @@ SETTINGS = (
         ),
         (
             ["run", "vpt-nsp2", "--stream", "digits", "--set", "stream.per_clas=3"],
-            "StreamSettings: no setting is called 'per_clas'; did you mean 'per_class'? Known: classes, "
-            "holdout, name, order, order_seed, per_class, skip_broken, tasks, test_per_class",
+            "StreamSettings: no setting is called 'per_clas'; did you mean 'per_class'? Known: blurry, "
+            "classes, domains, holdout, name, order, order_seed, per_class, skip_broken, tasks, test_per_class",
         ),
         (
             ["run", "nearest-mean", "--stream", "digits", "--tasks", "11"],

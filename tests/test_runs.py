@@ -94,8 +94,9 @@ def test_every_recipe_that_ships_can_be_planned():
         (
             ("vpt-nps2", "digits"),
             {},
-            "no method is called 'vpt-nps2'; did you mean 'vpt-nsp2'? Known: joint, linear-probe, nearest-mean, "
-            "ranpac, strata, vpt-deep, vpt-nsp2, vpt-nsp2-exact",
+            "no method is called 'vpt-nps2'; did you mean 'vpt-nsp2'? Known: coda-prompt, cprompt, dualprompt, "
+            "dualprompt-pgp, joint, l2p, l2p-pgp, linear-probe, nearest-mean, ranpac, strata, vpt-deep, vpt-nsp2, "
+            "vpt-nsp2-exact, vpt-pgp",
         ),
         (("joint",), {}, "a run needs a stream: --stream NAME; `lamina list streams` shows what there is"),
         (

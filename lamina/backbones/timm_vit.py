@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from typing import Any
 
@@ -86,7 +87,7 @@ class TimmTower(Tower):
         self.fingerprint = fingerprint(model)
         if type(model).forward_head is VisionTransformer.forward_head and model.global_pool == "token":
             self.readout = slice(0, 1)
-        self.dtype = dtype
+        self.dtype, self.normed = dtype, True
         self.model = model.to(dtype)
         blocks: Any = model.blocks
         for block in blocks:
@@ -107,6 +108,12 @@ class TimmTower(Tower):
         m = self.model
         return m.norm_pre(m.patch_drop(m._pos_embed(m.patch_embed(inputs.to(self.dtype))))), None
 
+    def class_position(self) -> Tensor | None:
+        m = self.model
+        if m.cls_token is None or m.pos_embed is None or m.no_embed_class or not isinstance(m.norm_pre, nn.Identity):
+            return None
+        return m.pos_embed[0, 0]
+
     def pre_norm(self, x: Tensor) -> Tensor:
         return _norm(self.model.norm_pre, x)
 
@@ -114,7 +121,14 @@ class TimmTower(Tower):
         return _norm(self.model.norm, x)
 
     def pool(self, tokens: Tensor) -> Tensor:
+        if not self.normed:
+            return self.model.pool(tokens)
         return self.model.forward_head(self.final_norm(tokens), pre_logits=True)
+
+    def unnormed(self) -> TimmTower:
+        out = copy.copy(self)
+        out.normed, out.fingerprint = False, f"{self.fingerprint}-unnormed"
+        return out
 
 
 def _use_frozen_layers(block: Block) -> None:

@@ -93,10 +93,15 @@ class PromptPass:
 
     Attributes:
         terms: loss terms that this pass gave rise to, by name.
+        chosen: (B, k), whole numbers. Which prompts of a pool each image took, in order of rank; None without a pool.
+        copies: how many times the tower encodes each image. Shapes that say B then hold copies * B rows: all images,
+            then all of them again; so one pass can show the same images with different prompts.
     """
 
     def __init__(self) -> None:
         self.terms: dict[str, Tensor] = {}
+        self.chosen: Tensor | None = None
+        self.copies = 1
 
     def at(self, layer: int, tokens: Tensor, carried: Tensor | None) -> Splice | None:
         """Return what to splice into block `layer`, or None.
@@ -107,6 +112,10 @@ class PromptPass:
             carried: (B, M, D). What the last block made of the prompt slots; None if there are none.
         """
         raise NotImplementedError
+
+    def losses(self, labels: Tensor | None) -> dict[str, Tensor]:
+        """Return the loss terms, those of known columns (B,) included; `labels` is None where they are not known."""
+        return self.terms
 
 
 class BlockView(Protocol):
@@ -160,12 +169,20 @@ class Tower(nn.Module):
         """Reduce the final sequence, or its `readout` rows, to features (B, F)."""
         raise NotImplementedError
 
+    def class_position(self) -> Tensor | None:
+        """Return what block 0 finds added to the class token for its place (D,); None where there is no such thing."""
+        return None
+
     def pre_norm(self, x: Tensor) -> Tensor:
         """Do what the tower does to tokens before block 0; for prompts that enter before it."""
         return x
 
     def final_norm(self, x: Tensor) -> Tensor:
         """Do what the tower does to tokens after the last block, before it pools them."""
+        raise NotImplementedError
+
+    def unnormed(self) -> Tower:
+        """Return a tower of the same weights, not copied, whose features are read before the final norm."""
         raise NotImplementedError
 
     def freeze(self) -> None:
@@ -198,6 +215,8 @@ class Tower(nn.Module):
                 side, the last block's at the end: F is then `layers` times the tower's.
         """
         x, mask = self.embed(inputs)
+        if prompts is not None and prompts.copies > 1:
+            x = x.repeat(prompts.copies, 1, 1)
         frozen, carried = x, None
         read: list[Tensor] = []
         for layer, block in enumerate(self.blocks()):

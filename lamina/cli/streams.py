@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +32,9 @@ def run(
     measure_drift: Annotated[
         bool, typer.Option("--measure-drift", help="Measure how far features of old test images move.")
     ] = False,
+    online: Annotated[
+        bool, typer.Option("--online", help="Train on each image once, whatever the method says.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run a method over a stream of tasks and measure what it remembers."""
@@ -41,7 +45,7 @@ def run(
     pairs = [f"stream.{name}={json.dumps(value)}" for name, value in place.items() if value is not None]
     overrides = assignments([*(changes or []), *pairs])
     given = {"backbone": backbone, "seed": seed, "devices": devices, "precision": precision}
-    given["measure_drift"] = measure_drift or None
+    given |= {"measure_drift": measure_drift or None, "online": online or None}
     overrides |= {name: value for name, value in given.items() if value is not None}
     settings, used = plan(method, stream, recipe=recipe, overrides=overrides)
     folder = out or _free(
@@ -97,27 +101,33 @@ def demo(
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold some.")],
     out: Annotated[Path | None, typer.Option(help="The page to write; else report.html in the first folder.")] = None,
+    columns: Annotated[
+        str | None, typer.Option(metavar="NAME,NAME", help="What to print: accuracy,accuracy_task_aware,forgetting.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Draw one page that compares runs; it opens offline."""
     from lamina.results.records import find_records
     from lamina.results.report import write_report
+    from lamina.results.tables import COLUMNS, headline
 
     records = find_records(folders)
+    wanted = COLUMNS if columns is None else [name.strip() for name in columns.split(",")]
+    headline(records, wanted)  # so that a wrong column is found before anything is written
     page = out or (folders[0] if folders[0].is_dir() else folders[0].parent) / "report.html"
     write_report(records, page)
-    _show(records, as_json, page)
+    _show(records, as_json, page, wanted)
 
 
-def _show(records: list[Any], as_json: bool, place: Path) -> None:
+def _show(records: list[Any], as_json: bool, place: Path, columns: Sequence[str] | None = None) -> None:
     """Print the headline numbers of some runs, under which protocol they were measured, and where they lie."""
     if as_json:
         values = [record.as_dict() for record in records]
         print(json.dumps(values[0] if len(values) == 1 else values))
         return
-    from lamina.results.tables import headline, protocol_line
+    from lamina.results.tables import COLUMNS, headline, protocol_line
 
-    print_table(headline(records))
+    print_table(headline(records, columns or COLUMNS))
     for line in dict.fromkeys(protocol_line(record) for record in records):
         print(line)
     if len(records) == 1 and records[0].old_drift:

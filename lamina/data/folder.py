@@ -22,6 +22,7 @@ _LONGEST_NAME = 255
 _SPLITS = ({"train", "test"}, {"train", "val"}, {"train", "test", "val"})
 
 _LAYOUT = "a folder of images holds train/CLASS/* and test/CLASS/* or val/CLASS/*"
+_DOMAINS = "a folder of domains holds train/DOMAIN/CLASS/* and test/DOMAIN/CLASS/* or val/DOMAIN/CLASS/*"
 
 
 def folder_source(root: Path, max_side: int = 256) -> Source:
@@ -36,14 +37,7 @@ def folder_source(root: Path, max_side: int = 256) -> Source:
     Raises:
         DataError: when the folder does not have this layout.
     """
-    root = root.expanduser()
-    if not root.is_dir():
-        raise DataError(f"{root} is not a folder; {_LAYOUT}")
-    train = root / "train"
-    test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
-    if not train.is_dir() or test is None:
-        missing = "train/" if not train.is_dir() else "test/ or val/"
-        raise DataError(f"{root} has no {missing}; {_LAYOUT}")
+    train, test = _roles(root, _LAYOUT)
     classes = sorted({*_folders(train), *_folders(test)})
     if not classes:
         raise DataError(f"{train} has no folders; {_LAYOUT}")
@@ -52,6 +46,45 @@ def folder_source(root: Path, max_side: int = 256) -> Source:
         train=_pictures(train, classes, max_side, f"folder-{train.name}"),
         test=_pictures(test, classes, max_side, f"folder-{test.name}"),
     )
+
+
+def domain_folder_source(root: Path, max_side: int = 256) -> Source:
+    """Return images of a folder of domains: train/DOMAIN/CLASS/* and test/DOMAIN/CLASS/* or else val/DOMAIN/CLASS/*.
+
+    Domains and classes are the names of the folders, sorted. A domain need not have a folder for every class: who
+    builds a stream says what is missing. Otherwise as `folder_source`.
+
+    Raises:
+        DataError: when the folder does not have this layout.
+    """
+    train, test = _roles(root, _DOMAINS)
+    domains = sorted({*_folders(train), *_folders(test)})
+    if not domains:
+        raise DataError(f"{train} has no folders; {_DOMAINS}")
+    below = [role / domain for role in (train, test) for domain in domains]
+    classes = sorted({name for folder in below if folder.is_dir() for name in _folders(folder)})
+    if not classes:
+        raise DataError(f"{below[0]} has no folders; {_DOMAINS}")
+    folders = [f"{domain}/{name}" for domain in domains for name in classes]
+    return Source(
+        classes=classes,
+        train=_pictures(train, folders, max_side, f"domains-{train.name}"),
+        test=_pictures(test, folders, max_side, f"domains-{test.name}"),
+        domains=domains,
+    )
+
+
+def _roles(root: Path, layout: str) -> tuple[Path, Path]:
+    """Return the folders to learn from and to test on."""
+    root = root.expanduser()
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder; {layout}")
+    train = root / "train"
+    test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+    if not train.is_dir() or test is None:
+        missing = "train/" if not train.is_dir() else "test/ or val/"
+        raise DataError(f"{root} has no {missing}; {layout}")
+    return train, test
 
 
 def labelled_folder(root: Path, max_side: int = 256) -> tuple[list[str], ImageFiles]:

@@ -50,6 +50,7 @@ class Step(NamedTuple):
     Attributes:
         images: (b, 3, size, size), float32, normalised.
         columns: (b,), int64.
+        positions: (b,), int64. The place of each image in its split.
         size: images in the global batch, over all processes.
         weight: what to multiply this process's mean loss by, so that the mean over processes (as DDP forms
             it) is the mean over the global batch. 0 for a process that got no image of a small last batch: it
@@ -58,6 +59,7 @@ class Step(NamedTuple):
 
     images: Tensor
     columns: Tensor
+    positions: Tensor
     size: int
     weight: float
 
@@ -216,7 +218,9 @@ class _Steps:
         mine, weight = self.share.of(batch)
         epoch = step // steps_per_epoch(self.split, self.batch_size, self.repeat)
         seen = self._augmented(mine, epoch)
-        return Step(self.transform.normalised(seen), _columns(self.split, mine % len(self.split)), len(batch), weight)
+        positions = mine % len(self.split)
+        columns, places = _columns(self.split, positions), torch.from_numpy(positions)
+        return Step(self.transform.normalised(seen), columns, places, len(batch), weight)
 
     def _augmented(self, places: np.ndarray, epoch: int) -> Tensor:
         """Return uint8 (b, 3, size, size)."""

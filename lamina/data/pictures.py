@@ -53,11 +53,14 @@ class Source:
     Attributes:
         classes: the name of label 0, 1, ...; each is unique.
         train, test: its images.
+        domains: names of the kinds of images in which every class comes again; label d * len(classes) + c is then
+            that of class c in domain d. Empty where there is one kind.
     """
 
     classes: Sequence[str]
     train: Pictures
     test: Pictures
+    domains: Sequence[str] = ()
 
 
 class ArrayPictures:

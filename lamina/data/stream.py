@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -62,6 +62,8 @@ class Task:
         classes: names of the task's classes, in the order of their columns.
         columns: the column of each of `classes` in the head; equal for a class met before.
         train, test: its images.
+        home: the columns that its test images are of, where classes of other tasks come among its training images;
+            empty where it is tested on all of `columns`.
     """
 
     index: int
@@ -69,6 +71,12 @@ class Task:
     columns: Sequence[int]
     train: Split
     test: Split
+    home: Sequence[int] = ()
+
+    @property
+    def tested(self) -> list[int]:
+        """The columns that its test images are of: what is left to choose from when the task is given."""
+        return list(self.home or self.columns)
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,8 @@ class Stream:
         order_seed: of the order of classes; apart from the seed of training.
         fingerprint: a hash of classes, order, image addresses and sources; a checkpoint names it.
         skipped: images left out because they could not be read.
+        kind: of what comes with a new task: other classes, other images of the same classes, or some of both.
+        details: what else a reader of numbers must know of it, by name.
     """
 
     name: str
@@ -88,6 +98,13 @@ class Stream:
     order_seed: int
     fingerprint: str
     skipped: int = 0
+    kind: str = "class-incremental"
+    details: Mapping[str, str | int | float] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> int:
+        """How many columns the head has in the end: classes, each counted once."""
+        return 1 + max(column for task in self.tasks for column in task.columns)
 
     def __iter__(self) -> Iterator[Task]:
         return iter(self.tasks)

@@ -13,7 +13,9 @@ from pydantic import Field, field_validator
 
 from lamina.config import Settings
 from lamina.data import sources
-from lamina.data.folder import folder_source
+from lamina.data.choosing import dealt, first_of_each, parted, with_labels
+from lamina.data.domains import DIGIT_DOMAINS, digit_domains
+from lamina.data.folder import domain_folder_source, folder_source
 from lamina.data.pictures import PixelSet, Source, hashed
 from lamina.data.stream import Split, Stream, Task
 from lamina.errors import ConfigError, DataError, unknown
@@ -22,7 +24,7 @@ from lamina.errors import ConfigError, DataError, unknown
 class StreamSettings(Settings):
     """What a stream is made of. None means: as the named stream has it, see STREAMS."""
 
-    name: str = Field(description="a name in `lamina list streams`, or folder:PATH")
+    name: str = Field(description="a name in `lamina list streams`, or folder:PATH, or folder-domains:PATH")
     tasks: int | list[int] | None = Field(
         default=None,
         description="how many tasks, as equal as can be, larger ones first; or the number of classes of each",
@@ -42,7 +44,24 @@ class StreamSettings(Settings):
         lt=1,
         description="for tuning: test on this share of the training images, the last of each class",
     )
+    blurry: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="the share of each class's training images that arrives with other tasks than its own",
+    )
+    domains: list[str] | None = Field(
+        default=None, description="for a stream of domains: which of them, in this order; None is all, in theirs"
+    )
     skip_broken: bool = Field(default=False, description="leave out images that cannot be read")
+
+    @field_validator("domains", mode="before")
+    @classmethod
+    def _domains_are_names(cls, value: object) -> object:
+        names = value if isinstance(value, list) else [None]
+        if value is None or (names and all(isinstance(name, str) for name in names) and len({*names}) == len(names)):
+            return value
+        raise ValueError(f'must be a list of different names, as in ["plain", "noisy"]; got {value!r}')
 
     @field_validator("tasks", mode="before")
     @classmethod
@@ -78,7 +97,7 @@ def _tiny(parity: str, per_class: int | None) -> NamedStream:
     )
 
 
-#: name -> how to build it; `folder:PATH` stands for every name that begins with `folder:`
+#: name -> how to build it; `folder:PATH` stands for every name that begins with `folder:`, and so on
 STREAMS: dict[str, NamedStream] = {
     "digits": NamedStream(
         "scikit-learn's handwritten digits, 8 x 8 pixels: five tasks of two classes; needs no files",
@@ -89,6 +108,14 @@ STREAMS: dict[str, NamedStream] = {
         "a folder of images, train/CLASS/* and test/CLASS/* or val/CLASS/*: one task unless told otherwise",
         lambda path, root, max_side: folder_source(Path(path), max_side),
         {"tasks": 1},
+    ),
+    "digits-domains": NamedStream(
+        f"the digits in {len(DIGIT_DOMAINS)} domains, a task each: {', '.join(DIGIT_DOMAINS)}; needs no files",
+        lambda path, root, max_side: digit_domains(),
+    ),
+    "folder-domains:PATH": NamedStream(
+        "a folder of images, train/DOMAIN/CLASS/* and test/DOMAIN/CLASS/*: the same classes again, a domain a task",
+        lambda path, root, max_side: domain_folder_source(Path(path), max_side),
     ),
     "cifar10": NamedStream(
         "CIFAR-10, 32 x 32 pixels: five tasks of two classes; downloaded if it is not there",
@@ -119,10 +146,10 @@ def named_stream(name: str) -> tuple[NamedStream, str]:
         ConfigError: when nobody knows the name, or the path is missing.
     """
     kind, _, path = name.partition(":")
-    if kind == "folder" or name == "folder:PATH":
-        if not path or name == "folder:PATH":
-            raise ConfigError(f"stream {name!r} needs the path of a folder, as in folder:photos/birds")
-        return STREAMS["folder:PATH"], path
+    if (row := STREAMS.get(f"{kind}:PATH")) is not None:
+        if path in ("", "PATH"):
+            raise ConfigError(f"stream {name!r} needs the path of a folder, as in {kind}:photos/birds")
+        return row, path
     if name not in STREAMS:
         raise ConfigError(unknown("stream", name, STREAMS))
     return STREAMS[name], ""
@@ -143,57 +170,139 @@ def build_stream(settings: StreamSettings, data: Path | None = None, *, max_side
     """Build a stream: choose classes and images, put the classes in order, decode what is needed.
 
     Classes arrive in the order `numpy.random.RandomState(order_seed).permutation(number of classes)`, or, with
-    order "pcg64", as `numpy.random.Generator(PCG64(order_seed)).shuffle` leaves them; the k-th of them has
-    column k. A split lists its images in the order of the source.
+    order "pcg64", as `numpy.random.Generator(PCG64(order_seed)).shuffle` leaves them. Columns are given on first
+    arrival: to the classes of a task in that order, and a class that comes again keeps its column. A split lists
+    its images in the order of the source.
+
+    In a stream of domains every task has all classes. With `blurry`, a task has classes of other tasks among its
+    training images, while its test images stay those of the classes that are at home in it.
 
     Args:
         data: the folder that data sets lie in; None means LAMINA_DATA, or lamina's cache folder.
         max_side: photos of a `folder:` whose short side is longer are kept shrunk to it.
 
     Raises:
-        ConfigError: when the name is unknown, or the tasks do not fit the number of classes.
-        DataError: when the data set is missing or broken, or a class lacks images.
+        ConfigError: when the name is unknown, or the tasks or domains do not fit what there is.
+        DataError: when the data set is missing or broken, or a class lacks images, in any domain where it has several.
         StorageError: when decoded images fill the disk.
     """
     row, path = named_stream(settings.name)
     settings = resolved(settings)
     source = row.source(path, sources.data_root(data), max_side)
-    labels = _kept_labels(len(source.classes), settings.classes)
-    sizes = _task_sizes(settings, len(labels))
-    order = _shuffled(labels, settings)
-    classes = {int(label): source.classes[label] for label in labels}
-    _refuse_empty(settings.name, "training", classes, source.train.labels)
-    _refuse_empty(settings.name, "test", classes, source.test.labels)
+    homes = _homes(settings, source)
+    labels = np.sort(np.concatenate(homes))
+    _refuse_empty(settings.name, "training", source, labels, source.train.labels)
+    _refuse_empty(settings.name, "test", source, labels, source.test.labels)
     skip = settings.skip_broken
-    train_wanted = _first_of_each(source.train.labels, labels, settings.per_class)
-    test_wanted = _first_of_each(source.test.labels, labels, settings.test_per_class)
+    train_wanted = first_of_each(source.train.labels, labels, settings.per_class)
+    test_wanted = first_of_each(source.test.labels, labels, settings.test_per_class)
     tested = source.test
     if settings.holdout is not None:
         tested = source.train
-        train_wanted, test_wanted = _parted(tested.labels, train_wanted, settings.holdout)
+        train_wanted, test_wanted = parted(tested.labels, train_wanted, settings.holdout)
     train, test = source.train.opened(train_wanted, skip), tested.opened(test_wanted, skip)
     train_good, test_good = np.setdiff1d(train_wanted, train.broken), np.setdiff1d(test_wanted, test.broken)
-    _refuse_empty(settings.name, "readable training", classes, train.labels[train_good])
-    _refuse_empty(settings.name, "readable test", classes, test.labels[test_good])
-    tasks = []
-    for index, members in enumerate(np.split(order, np.cumsum(sizes)[:-1])):
-        columns = np.arange(len(members)) + sum(sizes[:index])
-        tasks.append(
-            Task(
-                index=index,
-                classes=[classes[label] for label in members.tolist()],
-                columns=columns.tolist(),
-                train=_split(train, train_good, members, columns),
-                test=_split(test, test_good, members, columns),
-            )
-        )
+    _refuse_empty(settings.name, "readable training", source, labels, train.labels[train_good])
+    _refuse_empty(settings.name, "readable test", source, labels, test.labels[test_good])
+    if settings.blurry:
+        arriving = dealt(train.labels, train_good, homes, settings.blurry, settings.order_seed)
+    else:
+        arriving = [with_labels(train.labels, train_good, home) for home in homes]
+    tasks = _tasks(source, homes, train, arriving, test, [with_labels(test.labels, test_good, home) for home in homes])
+    kind, details = _kind(settings, source, homes)
     return Stream(
         name=settings.name,
         tasks=tasks,
         order_seed=settings.order_seed,
         fingerprint=_fingerprint(tasks, train, test),
         skipped=len(train.broken) + len(test.broken),
+        kind=kind,
+        details=details,
     )
+
+
+def _homes(settings: StreamSettings, source: Source) -> list[np.ndarray]:
+    """Return the labels that are at home in each task, in the order of their columns."""
+    kept = _kept_labels(len(source.classes), settings.classes)
+    if source.domains:
+        return _homes_of_domains(settings, source, kept)
+    if settings.domains is not None:
+        of_domains = ", ".join(name for name in STREAMS if "-domains" in name)
+        raise ConfigError(f"stream.domains is for streams of domains ({of_domains}); {settings.name} is none")
+    sizes = _task_sizes(settings, len(kept))
+    if settings.blurry and len(sizes) < 2:
+        raise ConfigError(
+            f"stream.blurry shares classes out between tasks, so there must be two or more; {settings.name} with "
+            f"tasks={settings.tasks} has one"
+        )
+    return np.split(_shuffled(kept, settings), np.cumsum(sizes)[:-1])
+
+
+def _homes_of_domains(settings: StreamSettings, source: Source, kept: np.ndarray) -> list[np.ndarray]:
+    for name, value in {"tasks": settings.tasks, "blurry": settings.blurry}.items():
+        if value:
+            raise ConfigError(
+                f"stream.{name} does not go with a stream of domains, where each domain is a task with all classes; "
+                f"{settings.name} has {len(source.domains)}, stream.domains chooses among them; got {name}={value}"
+            )
+    for name in settings.domains or []:
+        if name not in source.domains:
+            raise ConfigError(f"stream {settings.name!r}: " + unknown("domain", name, source.domains))
+    count = len(source.classes)
+    places = [source.domains.index(name) for name in settings.domains or source.domains]
+    found = np.concatenate([source.train.labels, source.test.labels])
+    chosen = np.isin(found // count, places)
+    elsewhere = np.setdiff1d(found[~chosen] % count, found[chosen] % count)  # in domains that were left out alone
+    order = _shuffled(np.setdiff1d(kept, elsewhere), settings)
+    if not len(order):
+        shown = ", ".join(source.domains[place] for place in places)
+        raise DataError(f"stream {settings.name!r}: there is no class with images in its domains; got {shown}")
+    return [place * count + order for place in places]
+
+
+def _kind(
+    settings: StreamSettings, source: Source, homes: Sequence[np.ndarray]
+) -> tuple[str, dict[str, str | int | float]]:
+    """Return what kind of stream it is, and what else must be said of it."""
+    if source.domains:
+        places = [int(home[0]) // len(source.classes) for home in homes]
+        return "domain-incremental", {"domains": ", ".join(source.domains[place] for place in places)}
+    if settings.blurry:
+        return "blurry class-incremental", {"blurry": settings.blurry}
+    return "class-incremental", {}
+
+
+def _tasks(
+    source: Source,
+    homes: Sequence[np.ndarray],
+    train: PixelSet,
+    arriving: Sequence[np.ndarray],
+    test: PixelSet,
+    tested: Sequence[np.ndarray],
+) -> list[Task]:
+    count = len(source.classes)
+    order = dict.fromkeys((np.concatenate(homes) % count).tolist())
+    columns: dict[int, int] = {}
+    column_of = np.full(count, -1, np.int64)
+    tasks = []
+    for index, (learned, asked) in enumerate(zip(arriving, tested, strict=True)):
+        met = set((train.labels[learned] % count).tolist())
+        for label in order:
+            if label in met:
+                column_of[label] = columns.setdefault(label, len(columns))
+        own = sorted(met, key=columns.__getitem__)
+        at_home = sorted({int(column_of[label % count]) for label in homes[index]})
+        tasks.append(
+            Task(
+                index=index,
+                classes=[source.classes[label] for label in own],
+                columns=[columns[label] for label in own],
+                train=Split(train, learned, column_of[train.labels[learned] % count]),
+                test=Split(test, asked, column_of[test.labels[asked] % count]),
+                home=at_home if len(at_home) < len(own) else (),
+            )
+        )
+    return tasks
 
 
 def _kept_labels(count: int, classes: str | None) -> np.ndarray:
@@ -224,38 +333,24 @@ def _task_sizes(settings: StreamSettings, count: int) -> list[int]:
     return [len(part) for part in np.array_split(np.arange(count), tasks)]
 
 
-def _refuse_empty(stream: str, role: str, classes: Mapping[int, str], found: np.ndarray) -> None:
-    present = set(np.unique(found).tolist())
-    empty = [name for label, name in classes.items() if label not in present]
-    if empty:
-        others = f" (nor do {len(empty) - 1} more)" if len(empty) > 1 else ""
+def _refuse_empty(stream: str, role: str, source: Source, labels: np.ndarray, found: np.ndarray) -> None:
+    empty = np.setdiff1d(labels, found)
+    if not len(empty):
+        return
+    domain, label = divmod(int(empty[0]), len(source.classes))
+    name, more = source.classes[label], len(empty) - 1
+    if source.domains:
+        others = f" (and {more} more such gap{'s' if more > 1 else ''})" if more else ""
         raise DataError(
-            f"stream {stream!r}: class {empty[0]!r} has no {role} image{others}; every class needs images to "
-            "learn from and images to test on"
+            f"stream {stream!r}: domain {source.domains[domain]!r} has no {role} image of class {name!r}{others}; each "
+            "domain needs images of every class to learn from and to test on: add some, or choose other domains with "
+            "stream.domains"
         )
-
-
-def _first_of_each(found: np.ndarray, labels: np.ndarray, count: int | None) -> np.ndarray:
-    """Return the sorted indices of the first `count` images of each label in `labels`."""
-    return np.sort(np.concatenate([np.flatnonzero(found == label)[:count] for label in labels]))
-
-
-def _parted(found: np.ndarray, wanted: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """Part indices in two: a share of each label's, the last of them and at least one, forms the second part."""
-    kept, held = [], []
-    for label in np.unique(found[wanted]):
-        own = wanted[found[wanted] == label]
-        cut = len(own) - max(1, round(share * len(own)))
-        kept.append(own[:cut])
-        held.append(own[cut:])
-    return np.sort(np.concatenate(kept)), np.sort(np.concatenate(held))
-
-
-def _split(images: PixelSet, good: np.ndarray, members: np.ndarray, columns: np.ndarray) -> Split:
-    column = np.full(int(images.labels.max()) + 1, -1, np.int64)
-    column[members] = columns
-    chosen = good[column[images.labels[good]] >= 0]
-    return Split(images=images, indices=chosen.astype(np.int64), columns=column[images.labels[chosen]])
+    others = f" (nor do {more} more)" if more else ""
+    raise DataError(
+        f"stream {stream!r}: class {name!r} has no {role} image{others}; every class needs images to learn from and "
+        "images to test on"
+    )
 
 
 def _fingerprint(tasks: Sequence[Task], train: PixelSet, test: PixelSet) -> str:

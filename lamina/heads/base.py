@@ -41,7 +41,11 @@ class Head(nn.Module, Watcher):  # in this order: what is remembered is the modu
         raise NotImplementedError
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Scores:
-        """Score features (B, F); `labels` (B,) are given in training only."""
+        """Score features (B, F); `labels` (B,) are given in training only.
+
+        Prompts that show each image several times (`PromptPass.copies`) bring features (copies * B, F) then; the
+        head that goes with them says what the logits (B, C) are made of.
+        """
         raise NotImplementedError
 
     def draws(self, per_class: int, *address: int | str) -> tuple[Tensor, Tensor]:

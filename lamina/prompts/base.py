@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from torch import Tensor, nn
@@ -19,13 +19,21 @@ class PromptModule(nn.Module):
     Attributes:
         query: "frozen" when `start` needs the features (B, F) of the same images without prompts.
         readout: "prompts" when the head reads the mean of the final prompt tokens, not the features.
+        transductive: what is spliced in for one image depends on the other images of its batch, and so does the
+            prediction.
     """
 
     query: Literal["none", "frozen"] = "none"
     readout: Literal["backbone", "prompts"] = "backbone"
+    transductive: bool = False
 
-    def begin_task(self, index: int) -> None:
-        """Grow or freeze what task `index` (from 0) needs; called before the optimizer is made."""
+    @property
+    def pool_size(self) -> int:
+        """How many prompts there are to choose from: `PromptPass.chosen` numbers them from 0; 0 without a pool."""
+        return 0
+
+    def begin_task(self, index: int, columns: Sequence[int] = ()) -> None:
+        """Grow or freeze what task `index` (from 0) of classes `columns` needs, before the optimizer is made."""
 
     def start(self, query: Tensor | None = None, task: int | None = None) -> PromptPass:
         """Begin one forward pass.

@@ -68,6 +68,36 @@ def accuracy_matrix(record: Record, palest: float = 0.0) -> str:
     return _heat("learned", [_task_head(record, task) for task in range(columns)], body)
 
 
+def shares(counts: Sequence[Sequence[int]]) -> list[float] | None:
+    """Return each prompt's share of the choices that rows of counts add up to; None where nothing was chosen.
+
+    >>> shares([[1, 0, 2], [0, 0, 1]]), shares([[0, 0, 0]])
+    ([0.25, 0.0, 0.75], None)
+    """
+    sums = [sum(prompt) for prompt in zip(*counts, strict=True)]
+    return [one / sum(sums) for one in sums] if any(sums) else None
+
+
+def prompt_usage(record: Record, most: float = 1.0) -> str:
+    """Return a heat map of one run: a row for each prompt of its pool, a column for each task tested.
+
+    A cell is the share of the choices of a task's test images that fell on the prompt.
+
+    Args:
+        record: a run with `usage`.
+        most: the share that has all of the colour.
+    """
+    tasks = [shares(table) for table in record.usage]
+    body = []
+    for prompt in range(len(record.usage[0][0])):
+        line = [own[prompt] if own is not None else None for own in tasks]
+        cells = ["<td></td>" if share is None else cell(percent(share), share / most, "accuracy") for share in line]
+        known = [share for share in line if share is not None]
+        mean = f'<td class="mean">{percent(sum(known) / len(known)) if known else ""}</td>'
+        body.append(f'<tr><th scope="row">prompt {prompt + 1}</th>{"".join(cells)}{mean}</tr>')
+    return _heat("chosen", [_task_head(record, task) for task in range(len(tasks))], body)
+
+
 def forgetting_by_task(rows: Sequence[Row]) -> str | None:
     """Return a heat map of the forgetting of each task, a line per row, averaged over its runs.
 

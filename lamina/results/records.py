@@ -59,6 +59,8 @@ class Record:
         drift: entry [t][i][l] is how far test images of task i have moved after task t >= i, as block l leaves
             them and, for the last block, in the features: root mean squared distance from where they were just
             after task i, in units of their spread then. Empty when it was not measured.
+        usage: entry [t][c][p] is how often test images of class c of task t chose prompt p of a pool, in the last
+            evaluation. Empty where there is no pool.
         version: of this file format.
 
     Raises:
@@ -88,6 +90,7 @@ class Record:
     finished: bool
     command: str
     drift: list[list[list[float]]] = dataclasses.field(default_factory=list)
+    usage: list[list[list[int]]] = dataclasses.field(default_factory=list)
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -207,6 +210,12 @@ class Record:
             right = [(blocks[0] or [0])[:1] * (t + 1) for t in range(rows)]
             rule = f"must have {rows} rows, of 1 to {rows} lists with a number for each block"
             _require(blocks == right and right[0] != [0], "drift", rule, blocks)
+        if self.usage:
+            pool = len(self.usage[0][0]) if self.usage[0] else 0
+            counts = [[len(row) for row in table] for table in self.usage]
+            fits = pool > 0 and counts == [[pool] * len(names) for names in self.classes[:most]]
+            rule = f"must have {most} tables, with a row of as many numbers for each class of a task"
+            _require(fits, "usage", rule, counts)
 
 
 def find_records(paths: Iterable[Path | str]) -> list[Record]:
@@ -294,6 +303,10 @@ def _is_drift(value: Any) -> bool:
     return isinstance(value, list) and all(_is_rows(row) and all(min(b, default=0) >= 0 for b in row) for row in value)
 
 
+def _is_usage(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(t, list) and all(_is_sizes(row) for row in t) for t in value)
+
+
 def _is_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(_is_whole(each) and each >= 0 for each in value)
 
@@ -323,6 +336,7 @@ _RULES = {
     **dict.fromkeys(("trainable_parameters", "stored_numbers"), _COUNT),
     **dict.fromkeys(("matrix", "matrix_task_aware"), _MATRIX),
     "drift": (_is_drift, "must be a list of rows of lists of numbers, at least 0"),
+    "usage": (_is_usage, "must be a list of tables of whole numbers, at least 0"),
     "seed": (_is_whole, "must be a whole number"),
     "order_seed": (lambda value: value is None or _is_whole(value), "must be a whole number or null"),
     "protocol": (_is_flat, "must map names to text or numbers"),

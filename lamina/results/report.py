@@ -13,11 +13,19 @@ from html import escape
 from pathlib import Path
 
 from lamina.errors import DataError
-from lamina.results.figures import accuracy_curve, accuracy_matrix, drift_curves, forgetting_by_task, minus
+from lamina.results.figures import (
+    accuracy_curve,
+    accuracy_matrix,
+    drift_curves,
+    forgetting_by_task,
+    minus,
+    prompt_usage,
+    shares,
+)
 from lamina.results.page import POLICY, counted, facts_list, html_table, number, percent_or_dash
 from lamina.results.records import PHASES, Record
 from lamina.results.style import STYLE
-from lamina.results.tables import Row, aggregate, flatten, show
+from lamina.results.tables import Row, aggregate, flatten, percent, show
 from lamina.storage import write_whole
 
 _HEADLINE = {
@@ -91,7 +99,8 @@ def _section(index: int, records: Sequence[Record]) -> str:
             '<p class="say">Points from the best accuracy a task had earlier down to its last one. '
             f"Below zero, the task ended better than ever.</p>{lost}"
         )
-    parts += [_matrices(rows), _drift(rows), _costs(rows), _settings(rows), _classes(records), _origin(rows)]
+    parts += [_matrices(rows), _drift(rows), _usage(rows), _costs(rows), _settings(rows), _classes(records)]
+    parts.append(_origin(rows))
     return f"<section>{''.join(parts)}</section>"
 
 
@@ -175,6 +184,38 @@ def _drift(rows: Sequence[Row]) -> str:
         "what each block puts out after the last task; of the last block, the features. Bands show one standard "
         f'deviation over runs.</p><div class="maps" style="--least:20rem">{"".join(maps)}</div>'
     )
+
+
+def _usage(rows: Sequence[Row]) -> str:
+    """Return which prompts test images choose, by task and by class; nothing where there is no pool."""
+    named = [(record, name) for record, name in _run_names(rows) if record.usage]
+    found = [own for record, _ in named for own in map(shares, record.usage) if own is not None]
+    if not found:
+        return ""
+    # One scale for the runs of a section, in whole tens of percent.
+    most = math.ceil(round(10 * max(map(max, found)), 6)) / 10
+    maps = []
+    for record, name in named:
+        by_class = f"<details><summary>Prompts by class</summary>{_usage_by_class(record)}</details>"
+        maps.append(f"<div><h4>{name}</h4>{prompt_usage(record, most)}{by_class}</div>")
+    widest = max(len(record.usage) for record, _ in named)
+    return (
+        "<h3>Prompts that images choose</h3>"
+        '<p class="say">A row for each prompt of the pool, a column for each task tested, after the last task learned: '
+        "which share of the choices of its test images fell on the prompt, in percent. "
+        f"Colour runs from 0 to {100 * most:.0f}.</p>"
+        f'<div class="maps" style="--least:{2.25 * widest + 7.5:.1f}rem">{"".join(maps)}</div>'
+    )
+
+
+def _usage_by_class(record: Record) -> str:
+    body = []
+    for task, (names, table) in enumerate(zip(record.classes, record.usage, strict=False), start=1):
+        for name, counts in zip(names, table, strict=True):
+            own = shares([counts])
+            if own is not None:  # a class whose test images came with another task chose nothing in this one
+                body.append([escape(name), str(task), number(sum(counts)), *map(percent, own)])
+    return html_table(["Class", "Task", "Choices", *(str(p + 1) for p in range(len(record.usage[0][0])))], body)
 
 
 def _costs(rows: Sequence[Row]) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lamina.errors import ConfigError, unknown
+from lamina.errors import ConfigError, DataError, unknown
 from lamina.results.records import METRICS, Record
 
 #: what a reader sees above a column
@@ -159,9 +159,21 @@ def to_csv(rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> str:
     return out.getvalue()
 
 
-def headline(records: Sequence[Record]) -> list[dict[str, str]]:
-    """Return the rows of a table for a terminal: a name, then metrics in percent, then the number of runs."""
-    head, *body = _grid(aggregate(records), COLUMNS)
+def headline(records: Sequence[Record], columns: Sequence[str] = COLUMNS) -> list[dict[str, str]]:
+    """Return the rows of a table for a terminal: a name, then metrics in percent, then the number of runs.
+
+    Raises:
+        ConfigError: when there is no such metric.
+        DataError: when accuracies with the task given are asked for, of a run that was not told the tasks of images.
+    """
+    _check(columns)
+    for record in records if "accuracy_task_aware" in columns else ():
+        if not record.matrix_task_aware:
+            raise DataError(
+                f"{record.method} on {record.stream} with seed {record.seed} was evaluated without the task of each "
+                "image, so it has no accuracy_task_aware; run it anew, or leave that column out"
+            )
+    head, *body = _grid(aggregate(records), columns)
     return [dict(zip(head, line, strict=True)) for line in body]
 
 

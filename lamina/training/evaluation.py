@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lamina.data.stream import Task
 from lamina.lookback import Reduce
-from lamina.model import Batch, PromptedModel
+from lamina.model import Batch, Output, PromptedModel
 from lamina.seeds import seed_at
 
 
@@ -23,24 +23,28 @@ def accuracies(
     seed: int,
     reduce: Reduce,
     advance: Callable[[int], None] = lambda images: None,
+    see: Callable[[int, Batch, Output], None] = lambda place, batch, output: None,
 ) -> tuple[list[float], list[float]]:
     """Return the accuracy on each task's test images: over all classes met, and over the task's own.
 
     Each process counts right answers on its share; the counts are summed, so no image counts twice
-    however uneven the shares. The second list masks all columns but the task's, which is what
-    task-incremental learning reports.
+    however uneven the shares. The second list masks all columns but those that the task's test images
+    are of, which is what task-incremental learning reports.
 
     Args:
         batches: this process's share of a task's test images, with their columns as labels.
         seed: of draws inside the model, for heads that sample.
+        see: shown the place of a task among `tasks`, a batch of its images, and what the model said of them.
     """
     model.eval()
     counts = torch.zeros(len(tasks), 3, dtype=torch.float64)  # right, right with the task known, images
     for place, task in enumerate(tasks):
         torch.manual_seed(seed_at(seed, "evaluate", task.index))
-        own = torch.as_tensor(list(task.columns))
+        own = torch.as_tensor(task.tested)
         for batch in batches(task):
-            logits = scores(model, batch)
+            output = model(batch._replace(labels=None))
+            see(place, batch, output)
+            logits = _averaged(output)
             own = own.to(logits.device)
             counts[place, 0] += (logits.argmax(-1) == batch.targets).sum().cpu()
             counts[place, 1] += (own[logits[:, own].argmax(-1)] == batch.targets).sum().cpu()
@@ -52,8 +56,11 @@ def accuracies(
 
 def scores(model: PromptedModel, batch: Batch) -> Tensor:
     """Return logits (B, C) of a batch, averaged over samples where the head draws some."""
-    logits = model(batch._replace(labels=None)).logits
-    return logits.mean(0) if logits.ndim == 3 else logits
+    return _averaged(model(batch._replace(labels=None)))
+
+
+def _averaged(output: Output) -> Tensor:
+    return output.logits.mean(0) if output.logits.ndim == 3 else output.logits
 
 
 def summed(fabric: Fabric) -> Reduce:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from lamina.data.pictures import hashed
 from lamina.data.stream import Split, Task
 from lamina.data.transforms import InputSpec, transform
 from lamina.heads.base import Head
-from lamina.learner import Phase
+from lamina.learner import Learner, Phase
 from lamina.model import Batch
 from lamina.seeds import generator_at
 
@@ -49,6 +49,8 @@ class Feed:
         workers: processes that load training images; 0 loads in this one.
         features: the frozen tower, when its features stand in for images.
         layers: from how many of its last blocks they are read, side by side.
+        queries: the frozen tower, when prompts ask for its features: images that come without augmentation bring
+            them along, computed once.
     """
 
     fabric: Fabric
@@ -59,6 +61,21 @@ class Feed:
     workers: int = 0
     features: Tower | None = None
     layers: int = 1
+    queries: Tower | None = None
+
+    @classmethod
+    def to(cls, learner: Learner, fabric: Fabric, spec: InputSpec, **arguments: Any) -> Feed:
+        """Return what feeds a method as it was built; the other arguments are the attributes above."""
+        model = learner.model
+        asked = model.prompts is not None and model.prompts.query == "frozen"
+        return cls(
+            fabric,
+            spec,
+            features=model.tower if learner.cache == "features" else None,
+            layers=model.layers,
+            queries=model.tower if asked and learner.cache == "off" else None,
+            **arguments,
+        )
 
     def __post_init__(self) -> None:
         self.share = Share(self.fabric.global_rank, self.fabric.world_size)
@@ -74,13 +91,16 @@ class Feed:
         address = (self.seed, "train", task.index, number)
         split, size = task.train, phase.batch_size
         if self.features is not None:
-            features, columns = self._features(split), torch.from_numpy(split.columns)
+            features, columns = self._once(self.features, split, self.layers), torch.from_numpy(split.columns)
             for step in range(first, self.steps(split, phase)):
                 positions = global_batch(split, address=address, batch_size=size, step=step, repeat=phase.repeat)
                 mine, weight = self.share.of(positions)
                 batch = Batch(None, columns[mine], features=features[mine])
                 yield Fed(self.fabric.to_device(batch), weight, len(positions))
             return
+        queries = None
+        if self.queries is not None and not self.train_transform.random:  # each pass shows the same views
+            queries = self._once(self.queries, split)
         for part in training_steps(
             split,
             self.train_transform,
@@ -92,7 +112,8 @@ class Feed:
             workers=self.workers,
             repeat=phase.repeat,
         ):
-            yield Fed(self.fabric.to_device(Batch(part.images, part.columns)), part.weight, part.size)
+            query = queries[part.positions] if queries is not None else None
+            yield Fed(self.fabric.to_device(Batch(part.images, part.columns, query)), part.weight, part.size)
 
     def drawn(self, head: Head, task: Task, number: int, phase: Phase, first: int) -> Iterator[Fed]:
         """Yield the steps of a phase on features that the head draws, anew in every epoch, from step `first` on."""
@@ -111,31 +132,28 @@ class Feed:
     def plain(self, split: Split) -> Iterator[Batch]:
         """Yield this process's share of a split once, in order and without augmentation."""
         if self.features is not None:
-            features, columns = self._features(split), torch.from_numpy(split.columns)
+            features, columns = self._once(self.features, split, self.layers), torch.from_numpy(split.columns)
             mine = np.arange(self.share.rank, len(split), self.share.world)
             for start in range(0, len(mine), self.eval_batch):
                 rows = mine[start : start + self.eval_batch]
                 yield self.fabric.to_device(Batch(None, columns[rows], features=features[rows]))
             return
+        queries = self._once(self.queries, split) if self.queries is not None else None
         for part in plain_batches(split, self.plain_transform, batch_size=self.eval_batch, share=self.share):
-            yield self.fabric.to_device(Batch(part.images, part.columns))
+            query = queries[part.positions] if queries is not None else None
+            yield self.fabric.to_device(Batch(part.images, part.columns, query))
 
-    def _features(self, split: Split) -> Tensor:
+    def _once(self, tower: Tower, split: Split, layers: int = 1) -> Tensor:
         """Return the frozen features (n, F), float32, of a whole split; kept on disk from run to run."""
-        tower = self.features
-        if tower is None:
-            raise ValueError("this feed brings images, not features")
         dtype = str(next(tower.parameters()).dtype)
-        key = hashed(
-            tower.fingerprint, dtype, repr(self.spec), split.images.fingerprint, split.indices, str(self.layers)
-        )
+        key = hashed(tower.fingerprint, dtype, repr(self.spec), split.images.fingerprint, split.indices, str(layers))
 
         def fill(out: np.ndarray) -> None:
             for part in plain_batches(split, self.plain_transform, batch_size=self.eval_batch):
                 with torch.no_grad():
-                    encoded = tower(self.fabric.to_device(part.images), layers=self.layers)
+                    encoded = tower(self.fabric.to_device(part.images), layers=layers)
                     out[part.positions] = encoded.features.cpu().numpy()
 
-        shape = (len(split), self.layers * tower.features)
+        shape = (len(split), layers * tower.features)
         array = cached_array(f"features-{key}", shape, np.float32, fill, kind="features")
         return torch.from_numpy(np.array(array))

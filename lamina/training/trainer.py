@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lamina.data.stream import Stream, Task
@@ -27,11 +28,13 @@ from lamina.seeds import seed_at
 from lamina.training import checkpoint
 from lamina.training.evaluation import accuracies, summed
 from lamina.training.feed import Feed
+from lamina.training.gradients import only
 from lamina.training.log import Log
 from lamina.training.meter import DriftMeter
 from lamina.training.objective import classify
 from lamina.training.progress import Progress
 from lamina.training.stopwatch import Stopwatch
+from lamina.training.usage import Usage
 
 #: images of a finished task that protections may measure on
 _FEW = 100
@@ -65,11 +68,14 @@ class Trainer:
         progress: told how far the run is.
         observers: who else learns from the look back, beside head and protections.
         meter: measures after each task how far old test images moved; of no use where all is learned at once.
+        online: go through a phase's images once, whatever the method says; schedules see the shorter phase.
 
     Attributes:
         position: the next step to take.
         matrix, matrix_task_aware: a row of accuracies for each finished task; in the second one the
             columns of other tasks are masked.
+        usage: how often test images chose each prompt of a pool in the last evaluation, entry [t][c][p] for class c
+            of task t and prompt p; empty without a pool.
         seconds: of each stretch of work, per task; of "measure_drift", too, where there is a meter.
     """
 
@@ -86,6 +92,7 @@ class Trainer:
         progress: Progress | None = None,
         observers: Sequence[Watcher] = (),
         meter: DriftMeter | None = None,
+        online: bool = False,
     ) -> None:
         self.learner, self.feed, self.seed, self.run_dir, self.every = (
             learner,
@@ -99,10 +106,12 @@ class Trainer:
         self.progress = progress or Progress()
         self.observers = observers
         self.meter = None if learner.at_once else meter
+        self.online = online
         self.log = Log(run_dir if self.fabric.is_global_zero else None)
         self.position = Position()
         self.matrix: list[list[float]] = []
         self.matrix_task_aware: list[list[float]] = []
+        self.usage: list[list[list[int]]] = []
         self.seconds: dict[str, list[float]] = {name: [] for name in STRETCHES}
         self.should_stop: Callable[[], bool] = lambda: False
         self._begun = self._met = 0  # tasks and classes
@@ -158,8 +167,9 @@ class Trainer:
                 self._run_phase(task, number, phase, tasks)
 
     def evaluate(self, tasks: Sequence[Task]) -> None:
-        """Append a row of accuracies on `tasks` to the matrices."""
-        stage = len(self.matrix)
+        """Append a row of accuracies on `tasks` to the matrices, and count anew which prompts their images choose."""
+        stage, prompts = len(self.matrix), self.learner.model.prompts
+        usage = Usage(tasks, prompts.pool_size if prompts is not None else 0)
         with self._stretch("evaluate", stage, len(tasks), sum(len(task.test) for task in tasks)):
             row, aware = accuracies(
                 self.learner.model,
@@ -168,7 +178,9 @@ class Trainer:
                 seed=self.seed,
                 reduce=summed(self.fabric),
                 advance=self.progress.advance,
+                see=usage.see,
             )
+        self.usage = usage.counts(summed(self.fabric))
         self.matrix.append(row)
         self.matrix_task_aware.append(aware)
 
@@ -195,7 +207,9 @@ class Trainer:
 
     def _run_phase(self, task: Task, number: int, phase: Phase, tasks: int) -> None:
         model = self.learner.model
-        with _only(phase.parameters(model), model) if phase.parameters is not None else nullcontext():
+        if self.online and not phase.draws:
+            phase = replace(phase, epochs=1, repeat=1)
+        with only(phase.parameters(model), model) if phase.parameters is not None else nullcontext():
             self._take_steps(model, task, number, phase, tasks)
         self.position = Position(task.index, number + 1)
         self._save()
@@ -236,6 +250,8 @@ class Trainer:
                 values = self._checked(loss, terms, task, step)
                 optimizer.zero_grad()
                 self.fabric.backward(loss)
+                if phase.clip_norm is not None:  # after processes have shared gradients, so all clip alike
+                    self.fabric.clip_gradients(module, optimizer, max_norm=phase.clip_norm, error_if_nonfinite=False)
                 wrapped.step()  # type: ignore[union-attr]  # one optimizer in, one out
                 self.position = Position(task.index, number, step + 1)
                 self.progress.advance(fed.images, values["loss"])
@@ -269,19 +285,23 @@ class Trainer:
         model.eval()
         probing = [watcher for watcher in watchers if watcher.looks_at == "probes"]
         reading = [watcher for watcher in watchers if watcher.looks_at == "features"]
+        asking = [watcher for watcher in watchers if watcher.looks_at == "queries"]
+        looking = bool(probing or reading or asking)
 
         def tap(probe: Any) -> None:
             for watcher in probing:
                 watcher.see(probe)
 
-        with self._stretch("look_back", task.index, tasks, len(task.train) if probing or reading else 0):
+        with self._stretch("look_back", task.index, tasks, len(task.train) if looking else 0):
             for watcher in watchers:
                 watcher.begin_look()
-            if probing or reading:
+            if looking:
                 for batch in self.feed.plain(task.train):
                     features, _ = model.features(batch, tap=tap if probing else None)
                     for watcher in reading:
                         watcher.collect(features, batch.targets)
+                    for watcher in asking:
+                        watcher.collect(model.query(batch), batch.targets)
                     self.progress.advance(len(batch.targets))
             for watcher in watchers:
                 watcher.end_look(summed(self.fabric))
@@ -311,6 +331,7 @@ class Trainer:
             "begun": self._begun,
             "matrix": self.matrix,
             "matrix_task_aware": self.matrix_task_aware,
+            "usage": self.usage,
             "seconds": self.seconds,
             "learned": self.learner.model.learned(),
             "memory": self.memory(),
@@ -331,7 +352,7 @@ class Trainer:
             return False
         self.position = Position(*state["position"])
         self.matrix, self.matrix_task_aware = state["matrix"], state["matrix_task_aware"]
-        self.seconds = state["seconds"]
+        self.seconds, self.usage = state["seconds"], state.get("usage", [])
         stages = [stream.merged()] if self.learner.at_once else list(stream)
         self._recall(stages[: state["begun"]], state["learned"], state["memory"])
         self._optimizer_state = state["optimizer"]
@@ -367,20 +388,3 @@ class Trainer:
             raise ResumeError(f"{self.run_dir} holds other tensors than this run needs; the first is {lost[0]!r}")
         for watcher, saved in zip(self._remembering, memory, strict=True):
             watcher.load_state_dict(saved)
-
-
-@contextmanager
-def _only(parameters: Sequence[nn.Parameter], model: nn.Module) -> Iterator[None]:
-    """Inside, these parameters and no others ask for a gradient."""
-    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in asked:
-            parameter.requires_grad_(False)
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-        for parameter in asked:
-            parameter.requires_grad_(True)

@@ -166,6 +166,8 @@ def test_presets_are_pinned(name, classes, per_class):
         "per_class": per_class,
         "test_per_class": None,
         "holdout": None,
+        "blurry": None,
+        "domains": None,
         "skip_broken": False,
     }
 
@@ -200,7 +202,8 @@ def test_every_stream_has_a_description_of_one_line():
         (
             {"name": "tiny-od-10"},
             "no stream is called 'tiny-od-10'; did you mean 'tiny-odd-10'? Known: cifar10, cifar100, digits, "
-            "folder:PATH, tiny-even-10, tiny-even-10-full, tiny-imagenet, tiny-odd-10, tiny-odd-10-full",
+            "digits-domains, folder-domains:PATH, folder:PATH, tiny-even-10, tiny-even-10-full, tiny-imagenet, "
+            "tiny-odd-10, tiny-odd-10-full",
         ),
         ({"name": "folder:"}, "stream 'folder:' needs the path of a folder, as in folder:photos/birds"),
         ({"name": "folder"}, "stream 'folder' needs the path of a folder, as in folder:photos/birds"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 
+from lamina.methods.l2p import L2P
 from lamina.methods.linear_probe import LinearProbe
 from lamina.methods.nearest_mean import NearestMean
 from lamina.methods.vpt_deep import VPTDeep
@@ -20,6 +21,7 @@ from tests.streams import blobs, trainer_of
 METHODS = {
     "vpt-nsp2": VPTNSP2(length=4, epochs=2, batch_size=13, temperature=2.0),
     "vpt-deep": VPTDeep(length=4, epochs=2, batch_size=13, temperature=2.0),
+    "l2p": L2P(size=5, top=2, length=1, epochs=2, batch_size=13),
     "linear-probe": LinearProbe(epochs=2, batch_size=13, lr=0.02),
     "nearest-mean": NearestMean(),
 }
@@ -43,6 +45,7 @@ def outcome(trainer):
         "kept": [protection.state_dict() for protection in learner.protections],
         "matrices": [trainer.matrix, trainer.matrix_task_aware],
         "drift": [torch.tensor(row) for row in trainer.meter.drift],
+        "usage": trainer.usage,
     }
 
 
@@ -103,6 +106,15 @@ def test_two_processes_learn_what_one_learns(together, alone, name, rank):
 def test_both_processes_know_the_accuracies_of_one(together, alone, name, rank):
     theirs = torch.load(together / f"{rank}.pt", weights_only=True)[name]
     assert theirs["matrices"] == alone[name]["matrices"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("name", METHODS)
+def test_both_processes_know_which_prompts_were_chosen_in_one(together, alone, name, rank):
+    """Two prompts for each of 11 images a task, of which one process sees 6 and the other 5."""
+    theirs = torch.load(together / f"{rank}.pt", weights_only=True)[name]
+    assert theirs["usage"] == alone[name]["usage"]
+    assert [sum(map(sum, table)) for table in theirs["usage"]] == ([22, 22] if name == "l2p" else [])
 
 
 @pytest.mark.parametrize("rank", [0, 1])
