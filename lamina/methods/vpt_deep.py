@@ -67,8 +67,8 @@ class VPTDeep(Settings):
 
     def phases(self, task: Task) -> Sequence[Phase]:
         """Train once on each task; only its own classes compete in the loss."""
-        if self.head == "statistics" and len(task.classes) < 2:
-            return []  # there is nothing to tell apart; the head learns from the look back
+        if len(task.classes) < 2:
+            return []  # there is nothing to tell apart, and decay alone would wear the prompts down
         return [
             Phase(
                 epochs=self.epochs,
