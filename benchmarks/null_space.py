@@ -75,6 +75,10 @@ EXPERIMENTS: dict[str, list[Variant]] = {
         Variant("affine", "vpt-nsp2", {"ln_correction": "affine"}),
         Variant("affine + center", "vpt-nsp2", {"ln_correction": "affine", "center": True}),
     ],
+    "exact": [
+        Variant("vpt-nsp2", "vpt-nsp2", {}, (0, 1, 2)),
+        Variant("vpt-nsp2-exact", "vpt-nsp2-exact", {}),
+    ],
     "heads": [
         Variant(f"{method}, {head}", method, {"epochs": SWEEP, "head": head})
         for head in ("linear", "statistics", "refined", "cosine")
