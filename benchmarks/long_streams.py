@@ -61,7 +61,7 @@ def measure(method: str, tasks: int, data: Path | None) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=["vpt-nsp2", "vpt-nsp2-exact", "strata", "ranpac"])
+    parser.add_argument("--methods", nargs="+", default=["vpt-nsp2", "strata"])
     parser.add_argument("--data", type=Path)
     given = parser.parse_args()
     fresh = multiprocessing.get_context("spawn")  # each run in a process of its own, since memory is the most ever held
