@@ -68,7 +68,13 @@ EXPERIMENTS: dict[str, list[Variant]] = {
     ],
     "control": [
         Variant("projectors", "vpt-nsp2", {}, (0, 1, 2)),
-        Variant("the same gain, no directions", "vpt-nsp2", {"gain_control": True}, (0, 1, 2)),
+        Variant("the same gain, no directions", "vpt-nsp2", {"gain_control": True}),
+        Variant("projectors, class statistics, two passes", "vpt-nsp2", {"epochs": SWEEP, "head": "statistics"}),
+        Variant(
+            "the same gain, class statistics, two passes",
+            "vpt-nsp2",
+            {"epochs": SWEEP, "head": "statistics", "gain_control": True},
+        ),
     ],
     "correction": [
         Variant("none", "vpt-nsp2", {}, (0, 1, 2)),
