@@ -13,7 +13,7 @@ from lamina.results.records import Record
 from lamina.storage import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
-SWEEPS = {"eta": "#b3402f", "threshold": "#2f6fb3", "drift": "#2a8a57"}
+SWEEPS = {"eta": "#b3402f", "drift": "#2a8a57"}
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 760, 420, 60, 60, 20
 
 

@@ -87,7 +87,7 @@ def experiment(values: Mapping[str, Any], name: str) -> str:
             [run.metrics["accuracy"] for run in runs],
             [run.metrics["forgetting"] for run in runs],
             [sum(line[-1] for line in run.matrix) / len(run.matrix) for run in runs],
-            [run.old_drift[-1][-1] for run in runs],
+            [run.old_drift[-1][-1] for run in runs if run.old_drift],
             [sum(run.seconds["look_back"]) / sum(run.seconds["train"]) for run in runs if any(run.seconds["train"])],
         ]
         shown = [str(spread(cell)) if cell else "–" if runs else "not yet run" for cell in cells]

@@ -71,6 +71,8 @@ def main() -> None:
             fields = method_class(method).model_fields
             settings = {name: value for name, value in shared["settings"].items() if name in fields}
             settings |= TRIES[method][number]
+            idle = method_class(method)(**settings).idle()
+            settings = {name: value for name, value in settings.items() if name not in idle}
             if any(row["method"] == method and row["settings"] == settings for row in tries(path)):
                 continue
             overrides = {"stream": shared["stream"], **settings}

@@ -7,7 +7,7 @@ argument, the TOML key, the `--set` option, the check, the help text and the row
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -37,6 +37,24 @@ class Settings(BaseModel):
     def from_toml(cls, path: Path) -> Self:
         """Read settings from a TOML file."""
         return cls(**read_toml(path))
+
+    def idle(self) -> dict[str, str]:
+        """Return the settings that change nothing as the others stand, each with what makes it so."""
+        return {}
+
+    def heed(self, given: Iterable[str]) -> None:
+        """Make sure that what somebody asked for has an effect.
+
+        Args:
+            given: names of settings that were given by hand.
+
+        Raises:
+            ConfigError: when one of them changes nothing.
+        """
+        idle = self.idle()
+        for name in given:
+            if name in idle:
+                raise ConfigError(f"{name} changes nothing {idle[name]}; leave it out, or change that")
 
     def changed(self) -> dict[str, Any]:
         """Return only what differs from the defaults."""

@@ -105,6 +105,7 @@ class ContinualModel:
                 f"selection={got} what {method} says does: take selection=image, or measure it by `lamina run`"
             )
         if not _empty:
+            self.settings.heed(settings or {})
             self._use(*self._fresh())
 
     @classmethod
@@ -149,6 +150,7 @@ class ContinualModel:
                 f"the model was learned on {file.backbone['name']} with fingerprint {wanted}; the one found here has "
                 f"{found}: get the same weights again"
             )
+        out.settings.heed(settings or {})
         out.run, out.lessons, out.confidence = dict(file.run), file.lessons, confidence
         wrong = out._misfit(file)
         if wrong and settings:
@@ -313,11 +315,11 @@ class ContinualModel:
             train=material.split(material.train, places),
             test=material.split(material.held, places),
         )
-        if len(order) < 2 and any(phase.classes == "task" for phase in self.learner.phases(task)):
+        if len(order) < 2 and self.learner.model.head.looks_at == "nothing":
             raise ConfigError(
-                f"{self.method} learns to tell the classes of one lesson apart, so a lesson needs at least two; got "
-                f"{order[0]!r} alone. Add another class, or keep a model of method strata or nearest-mean, which can "
-                "do with one"
+                f"{self.method} tells the classes of one lesson apart and learns nothing from one alone; got "
+                f"{order[0]!r}. Add another class, or keep a model whose classifier is made of statistics: strata, "
+                "ranpac, nearest-mean, or another method with head=statistics"
             )
         return task
 

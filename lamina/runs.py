@@ -104,7 +104,9 @@ def plan(
         else:
             values["settings"][name] = value
     run = RunSettings(**values)
-    method_class(run.method)(**run.settings)  # so that a wrong setting is found before anything is loaded
+    asked = {**(overrides or {}), **(overrides or {}).get("settings", {})}
+    # here, so that a wrong setting is found before anything is loaded
+    method_class(run.method)(**run.settings).heed(name for name in asked if name in run.settings)
     return run, path
 
 

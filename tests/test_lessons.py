@@ -452,8 +452,9 @@ def test_one_class_alone_is_not_enough_for_a_method_that_tells_the_classes_of_a_
     alone = pictures(tmp_path / "alone", ["cow"])
     words = ["--method", "vpt-nsp2", "--backbone", BACKBONE]
     assert refused(command, tmp_path / "new.lamina", alone, *words) == (
-        "vpt-nsp2 learns to tell the classes of one lesson apart, so a lesson needs at least two; got 'cow' alone. "
-        "Add another class, or keep a model of method strata or nearest-mean, which can do with one"
+        "vpt-nsp2 tells the classes of one lesson apart and learns nothing from one alone; got 'cow'. Add another "
+        "class, or keep a model whose classifier is made of statistics: strata, ranpac, nearest-mean, or another "
+        "method with head=statistics"
     )
 
 

@@ -135,6 +135,15 @@ def test_a_plain_value_where_settings_belong_is_our_error_or_understood(override
 # ── folders ──────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize("given", [{"lr": 0.1}, {"settings": {"lr": 0.1}}])
+def test_a_setting_that_changes_nothing_is_refused_when_it_is_asked_for_and_let_be_in_a_recipe(given):
+    message = "^lr changes nothing where length is 0, since nothing is trained; leave it out, or change that$"
+    with pytest.raises(ConfigError, match=message):
+        plan("strata", "digits", overrides=given)
+    assert plan("strata", "digits", overrides={"length": 16} | given)[0].settings["lr"] == 0.1
+    assert plan("strata", "digits")[0].settings["epochs"] == 5
+
+
 def test_the_settings_of_a_run_come_back_from_its_folder(tmp_path):
     run, _ = plan("vpt-deep", "digits", overrides={"lr": 0.25, "stream": {"tasks": [4, 6]}})
     write_toml(tmp_path / "settings.toml", {"run": run.model_dump(), "command": "lamina run"})

@@ -57,7 +57,7 @@ def learn(
     backbone: Annotated[str | None, typer.Option(help="For a new model; see `lamina list backbones`.")] = None,
     changes: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="Change a setting of the method: epochs=20, lr=0.003."),
+        typer.Option("--set", metavar="NAME=VALUE", help="Change a setting of the method: layers=4, length=16."),
     ] = None,
     name: Annotated[str | None, typer.Option(help='What to call this lesson, for example "spring 2026".')] = None,
     existing: Annotated[
@@ -72,8 +72,8 @@ def learn(
 ) -> None:
     """Learn new classes from a folder into a model file, which is made if it is not there.
 
-    Methods that train a classifier for predictions tell the classes of one lesson apart, so they need at least two;
-    strata and nearest-mean can do with one.
+    A method whose classifier is trained tells the classes of one lesson apart, so it needs at least two; one whose
+    classifier is made of statistics (strata, ranpac, nearest-mean, head=statistics) can do with one.
     """
     from lamina.config import assignments
     from lamina.lessons import learn_folder

@@ -62,6 +62,12 @@ class Strata(VPTNSP2Exact):
             )
         return self
 
+    def idle(self) -> dict[str, str]:
+        if self.length:
+            return super().idle()
+        trained = ("epochs", "batch_size", "lr", "weight_decay", "temperature", "max_drift", "kept")
+        return dict.fromkeys(trained, "where length is 0, since nothing is trained")
+
     def build(self, tower: Tower) -> Learner:
         """Put the method together for one frozen image tower."""
         if self.length:

@@ -67,15 +67,16 @@ class VPTDeep(Settings):
 
     def phases(self, task: Task) -> Sequence[Phase]:
         """Train once on each task; only its own classes compete in the loss."""
-        if self.head == "statistics" and len(task.classes) < 2:
-            return []  # there is nothing to tell apart; the head learns from the look back
-        return [
-            Phase(
-                epochs=self.epochs,
-                batch_size=self.batch_size,
-                optimizer=partial(torch.optim.Adam, lr=self.lr, weight_decay=self.weight_decay),
-                classes="task",
-                temperature=self.temperature,
-                schedule=steps_down(at=(0.5, 0.8), by=0.1),
-            )
-        ]
+        # With one class there is nothing to tell apart, and decay alone would wear the prompts down.
+        return [self.phase()] if len(task.classes) > 1 else []
+
+    def phase(self) -> Phase:
+        """Return how a task is trained on."""
+        return Phase(
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            optimizer=partial(torch.optim.Adam, lr=self.lr, weight_decay=self.weight_decay),
+            classes="task",
+            temperature=self.temperature,
+            schedule=steps_down(at=(0.5, 0.8), by=0.1),
+        )

@@ -85,6 +85,13 @@ class VPTNSP2(VPTDeep):
             raise ConfigError(f'epochs must be a multiple of 10 with parity="official"; got {self.epochs}')
         return self
 
+    def idle(self) -> dict[str, str]:
+        sides = {"eta1": self.use_b1, "ln_correction": self.use_b1 or self.use_b2, "center": self.use_b1}
+        sides |= {"eta2": self.use_b2, "normalize": self.use_b1 or self.use_b2}
+        parts = {name: "where the projection that it belongs to is off" for name, on in sides.items() if not on}
+        rules = {"kept": "energy", "multiple": "multiple"}
+        return parts | {name: f'unless knee is "{rule}"' for name, rule in rules.items() if self.knee != rule}
+
     def build(self, tower: Tower) -> Learner:
         """Put the method together for one frozen image tower."""
         learner, official = super().build(tower), self.parity == "official"

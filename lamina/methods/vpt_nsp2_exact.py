@@ -52,6 +52,9 @@ class VPTNSP2Exact(VPTDeep):
         description="share of each spectrum that steps must leave alone, instead of max_drift; 1 is exact",
     )
 
+    def idle(self) -> dict[str, str]:
+        return {} if self.kept is None else {"max_drift": "where kept is given, since nothing is measured"}
+
     def build(self, tower: Tower) -> Learner:
         """Put the method together for one frozen image tower."""
         learner = super().build(tower)

@@ -61,7 +61,7 @@ class BoundedNullSpace(NullSpace):
         here = {i: self.prompts.value(i).detach().clone() for i in self.prompts.layers}
         if self.start:
             moves = {i: here[i] - start.to(here[i]) for i, start in self.start.items()}
-            # A task of a single class moves nothing; then a move as long as the prompts themselves has to stand in.
+            # Nothing is trained on a task of a single class; then a move as long as the prompts has to stand in.
             self.wish = moves if any(bool(move.any()) for move in moves.values()) else here
             self.start = {}
         rest = _features(model, batches)
@@ -95,7 +95,7 @@ class BoundedNullSpace(NullSpace):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        if not {"start", "wish"} <= state.keys():
+        if not {"start", "wish", "drift"} <= state.keys():
             raise ShapeError("what is remembered does not say how far the first task moved; let `kept` stay as it was")
         for name in ("start", "wish"):
             moves = state[name]

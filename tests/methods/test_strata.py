@@ -238,6 +238,18 @@ def test_by_default_nothing_is_trained(tiny_vit):
     assert not learner.protections and not learner.phases(arriving([[0, 1]]).tasks[0])
 
 
+def test_without_prompts_the_settings_of_training_change_nothing_and_are_said_to():
+    trained = {"epochs", "batch_size", "lr", "weight_decay", "temperature", "max_drift", "kept"}
+    assert set(Strata().idle()) == trained == set(Strata.model_fields) - {"length", "head", "layers"}
+    assert Strata(length=1).idle() == {} and set(Strata(length=1, kept=0.5).idle()) == {"max_drift"}
+    Strata().heed(["layers", "head"])
+    with pytest.raises(ConfigError) as error:
+        Strata().heed(["layers", "lr"])
+    assert str(error.value) == (
+        "lr changes nothing where length is 0, since nothing is trained; leave it out, or change that"
+    )
+
+
 def test_a_wrong_setting_says_what_would_be_right():
     with pytest.raises(ConfigError) as error:
         Strata(layers=0)

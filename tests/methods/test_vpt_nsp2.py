@@ -290,6 +290,24 @@ def test_official_goes_through_two_tasks_and_warms_the_second_head(tiny_vit, str
     assert trainer.learner.protections[0].rows == 5  # 27 images in batches of 6
 
 
+@pytest.mark.parametrize(
+    ("settings", "idle"),
+    [
+        ({}, {"kept", "multiple"}),
+        ({"knee": "energy"}, {"multiple"}),
+        ({"knee": "multiple"}, {"kept"}),
+        ({"use_b1": False}, {"kept", "multiple", "eta1", "center"}),
+        ({"use_b2": False}, {"kept", "multiple", "eta2"}),
+        (
+            {"use_b1": False, "use_b2": False},
+            {"kept", "multiple", "eta1", "eta2", "center", "ln_correction", "normalize"},
+        ),
+    ],
+)
+def test_settings_that_change_nothing_are_known(settings, idle):
+    assert set(VPTNSP2(**settings).idle()) == idle
+
+
 def test_official_settings_come_back_from_what_is_saved():
     settings = VPTNSP2(parity="official", epochs=50)
     assert settings.knee == "code" and VPTNSP2(**settings.model_dump()) == settings

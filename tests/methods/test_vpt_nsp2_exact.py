@@ -190,6 +190,7 @@ def test_defaults_and_what_is_built_from_them(tiny_vit):
 
 
 def test_a_share_that_is_given_is_not_measured(tiny_vit):
+    assert VPTNSP2Exact().idle() == {} and list(VPTNSP2Exact(kept=0.75).idle()) == ["max_drift"]
     (null_space,) = VPTNSP2Exact(kept=0.75).build(tiny_vit).protections
     assert type(null_space) is NullSpace and not null_space.measures and null_space.right_alone
     assert null_space.cut == Cut(knee="energy", kept=0.75)

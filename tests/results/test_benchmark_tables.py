@@ -118,7 +118,10 @@ def test_a_variant_is_averaged_over_its_own_runs_and_one_not_yet_run_says_so(cal
     (tmp_path / "null-space.json").write_text(json.dumps(values))
     page = "<!-- table: null-space/parts -->\n<!-- /table -->\n"
     _, text, _ = call(None, readme=page)
-    assert "| variant | accuracy (%) | forgetting (%) | new tasks (%) | drift (%) | looking back (% of training) | n |" in text
+    assert (
+        "| variant | accuracy (%) | forgetting (%) | new tasks (%) | drift (%) | looking back (% of training) | n |"
+        in text
+    )
     assert "| all | 36.0 ± 1.4 | 32.0 ± 1.9 | 60.0 ± 0.0 | 10.0 ± 0.0 | 3.7 ± 0.0 | 2 |" in text
     assert "| none | not yet run | not yet run | not yet run | not yet run | not yet run | 0 |" in text
 
