@@ -99,10 +99,9 @@ class ContinualModel:
         if built.at_once:
             raise ConfigError(f"{method} learns all classes at once, so it cannot take lessons; choose another one")
         if built.model.transductive:
-            got = self.settings.model_dump().get("selection")
             raise ConfigError(
-                f"what a kept model says of an image must not depend on the other images of a batch; with "
-                f"selection={got} what {method} says does: take selection=image, or measure it by `lamina run`"
+                "what a kept model says of an image must not depend on the other images of a batch; with "
+                f"selection=batch what {method} says does: take selection=image, or measure it by `lamina run`"
             )
         if not _empty:
             self.settings.heed(settings or {})

@@ -16,7 +16,7 @@ Shared parts, in reading order:
 
 References:
     Smith et al., CODA-Prompt: COntinual Decomposed Attention-based Prompting for Rehearsal-Free Continual Learning,
-    CVPR 2023, section 4; the authors' repository GT-RIPL/CODA-Prompt at 6417d4f.
+    CVPR 2023; the authors' repository GT-RIPL/CODA-Prompt at 6417d4f.
 """
 
 from __future__ import annotations

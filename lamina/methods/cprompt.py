@@ -14,7 +14,7 @@ Shared parts, in reading order:
     classifier           lamina.heads.consistent.ConsistentHead
 
 References:
-    Gao et al., Consistent Prompting for Rehearsal-Free Continual Learning, CVPR 2024, section 4; the authors'
+    Gao et al., Consistent Prompting for Rehearsal-Free Continual Learning, CVPR 2024; the authors'
     repository Zhanxin-Gao/CPrompt at 5a946dd.
 """
 

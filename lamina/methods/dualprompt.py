@@ -14,7 +14,7 @@ Shared parts, in reading order:
     plan of training     lamina.methods.vpt_deep.VPTDeep
 
 References:
-    Wang et al., DualPrompt: Complementary Prompting for Rehearsal-free Continual Learning, ECCV 2022, section 4;
+    Wang et al., DualPrompt: Complementary Prompting for Rehearsal-free Continual Learning, ECCV 2022;
     the authors' repository google-research/l2p at 3e102b0.
 """
 
@@ -80,6 +80,5 @@ class DualPrompt(VPTDeep):
         return Learner(PromptedModel(tower, prompts, head, layers=self.layers), self.phases, refine=self.refine)
 
     def phases(self, task: Task) -> Sequence[Phase]:
-        """Train once on each task; only its own classes compete in the loss."""
-        clip = self.clip_norm or None
-        return [replace(phase, schedule=constant, clip_norm=clip) for phase in super().phases(task)]
+        """Train once on each task, also of a single class, whose key must be found; only its own classes compete."""
+        return [replace(self.phase(), schedule=constant, clip_norm=self.clip_norm or None)]

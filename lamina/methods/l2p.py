@@ -13,7 +13,7 @@ Shared parts, in reading order:
     classifier           lamina.heads.linear.LinearHead; others by name: lamina.heads.choose.head_of
 
 References:
-    Wang et al., Learning to Prompt for Continual Learning, CVPR 2022, section 4; the authors' repository
+    Wang et al., Learning to Prompt for Continual Learning, CVPR 2022; the authors' repository
     google-research/l2p at 8cfb210 and 3e102b0, and a port of it to PyTorch within
     JingyangQiao/prompt-gradient-projection at c566b81.
 """

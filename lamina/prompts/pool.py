@@ -41,7 +41,7 @@ class PromptPool(PromptModule):
         ConfigError: when more is to be chosen than there is, or read than was put in.
 
     References:
-        Wang et al., Learning to Prompt for Continual Learning, CVPR 2022, sections 4.1 and 4.2.
+        Wang et al., Learning to Prompt for Continual Learning, CVPR 2022.
     """
 
     query = "frozen"
