@@ -131,7 +131,6 @@ def test_class_statistics_learn_tasks_of_a_single_class(name):
     if made.learner.at_once:  # then it is one task of three
         assert len(made.matrix[0]) == 3 and made.position == (1, 0, 0)
         return
-    assert [list(made.learner.phases(task)) for task in stream] == [[], [], []]
     after = made.learner.model.prompts.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
     assert made.learner.model.head.seen.counts.tolist() == [27, 27, 27]
@@ -139,10 +138,17 @@ def test_class_statistics_learn_tasks_of_a_single_class(name):
 
 
 @every_method
-def test_other_heads_train_on_a_task_of_a_single_class_all_the_same(name):
+def test_a_task_of_a_single_class_moves_no_prompt_whatever_the_head(name):
+    """There is nothing to tell apart; weight decay alone would wear prompts down. Keys have a loss of their own."""
     task = blobs(tasks=1, per_task=1).tasks[0]
     for head in get_args(HeadName):
-        assert len(trainer(name, head).learner.phases(task)) == (head != "statistics")
+        made, idle = trainer(name, head), trainer(name, head)
+        idle.learner.phases = idle.learner.refine = lambda task: []
+        made.learn(task)
+        idle.learn(task)
+        before, after = (each.learner.model.prompts.state_dict() for each in (idle, made))
+        assert before.keys() == after.keys()
+        assert all(torch.equal(value, after[key]) for key, value in before.items() if "keys" not in key)
 
 
 @every_method
