@@ -7,7 +7,7 @@ argument, the TOML key, the `--set` option, the check, the help text and the row
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -42,18 +42,19 @@ class Settings(BaseModel):
         """Return the settings that change nothing as the others stand, each with what makes it so."""
         return {}
 
-    def heed(self, given: Iterable[str]) -> None:
+    def heed(self, given: Mapping[str, Any], usual: Mapping[str, Any]) -> None:
         """Make sure that what somebody asked for has an effect.
 
         Args:
-            given: names of settings that were given by hand.
+            given: settings that were given by hand; those that are as usual are let be.
+            usual: what settings would be otherwise; those that are not in it have their defaults.
 
         Raises:
             ConfigError: when one of them changes nothing.
         """
         idle = self.idle()
-        for name in given:
-            if name in idle:
+        for name, value in given.items():
+            if name in idle and value != usual.get(name, type(self).model_fields[name].default):
                 raise ConfigError(f"{name} changes nothing {idle[name]}; leave it out, or change that")
 
     def changed(self) -> dict[str, Any]:

@@ -104,7 +104,7 @@ class ContinualModel:
                 f"selection=batch what {method} says does: take selection=image, or measure it by `lamina run`"
             )
         if not _empty:
-            self.settings.heed(settings or {})
+            self.settings.heed(settings or {}, lesson_settings(method))
             self._use(*self._fresh())
 
     @classmethod
@@ -149,7 +149,7 @@ class ContinualModel:
                 f"the model was learned on {file.backbone['name']} with fingerprint {wanted}; the one found here has "
                 f"{found}: get the same weights again"
             )
-        out.settings.heed(settings or {})
+        out.settings.heed(settings or {}, file.settings)
         out.run, out.lessons, out.confidence = dict(file.run), file.lessons, confidence
         wrong = out._misfit(file)
         if wrong and settings:

@@ -106,7 +106,8 @@ def plan(
     run = RunSettings(**values)
     asked = {**(overrides or {}), **(overrides or {}).get("settings", {})}
     # here, so that a wrong setting is found before anything is loaded
-    method_class(run.method)(**run.settings).heed(name for name in asked if name in run.settings)
+    given = {name: value for name, value in run.settings.items() if name in asked}
+    method_class(run.method)(**run.settings).heed(given, {})
     return run, path
 
 

@@ -50,7 +50,7 @@ def dealt(
         share: in [0, 1).
 
     >>> [part.tolist() for part in dealt(np.zeros(4, int), np.arange(4), [np.array([0]), np.array([1])], 0.5, 0)]
-    [[0, 2], [1, 3]]
+    [[0, 3], [1, 2]]
     """
     arriving: list[list[np.ndarray]] = [[] for _ in homes]
     for task, members in enumerate(homes):

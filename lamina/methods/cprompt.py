@@ -50,7 +50,9 @@ class CPrompt(Settings):
     smoothing: float = Field(1.0, ge=0, description="weight of the loss that flattens answers of old columns")
     flatness: float = Field(1.2, ge=1, description="temperature of the flatter answers")
     margin: float = Field(
-        0.0, description="an old answer is left alone where the highest new logit exceeds its highest by more than this"
+        0.0,
+        ge=0,
+        description="an old answer is left alone where the highest new logit exceeds its highest by more than this",
     )
     epochs: int = Field(18, ge=1, description="passes over a task's images")
     batch_size: int = Field(16, ge=1, description="images in one step, over all devices")

@@ -17,8 +17,7 @@ Shared parts, in reading order:
     plan of training     lamina.methods.vpt_deep.VPTDeep
 
 References:
-    Lu et al., Visual Prompt Tuning in Null Space for Continual Learning, NeurIPS 2024; the authors'
-    repository VPTinNSforCL at 0d9c547.
+    Lu et al., Visual Prompt Tuning in Null Space for Continual Learning, NeurIPS 2024; VPTinNSforCL at 0d9c547.
 """
 
 from __future__ import annotations
@@ -86,11 +85,10 @@ class VPTNSP2(VPTDeep):
         return self
 
     def idle(self) -> dict[str, str]:
-        sides = {"eta1": self.use_b1, "ln_correction": self.use_b1 or self.use_b2, "center": self.use_b1}
-        sides |= {"eta2": self.use_b2, "normalize": self.use_b1 or self.use_b2}
-        parts = {name: "where the projection that it belongs to is off" for name, on in sides.items() if not on}
-        rules = {"kept": "energy", "multiple": "multiple"}
-        return parts | {name: f'unless knee is "{rule}"' for name, rule in rules.items() if self.knee != rule}
+        b1, b2 = self.use_b1, self.use_b2
+        used = {"eta1": b1, "center": b1, "eta2": b2, "ln_correction": b1 or b2, "normalize": b1 or b2}
+        used |= {"kept": self.knee == "energy", "multiple": self.knee == "multiple"}
+        return {name: "with use_b1, use_b2 and knee as they are" for name, on in used.items() if not on}
 
     def build(self, tower: Tower) -> Learner:
         """Put the method together for one frozen image tower."""

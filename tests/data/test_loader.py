@@ -35,7 +35,8 @@ def same(first, second):
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one.images, other.images)
         assert torch.equal(one.columns, other.columns)
-        assert one[2:] == other[2:]
+        assert torch.equal(one.positions, other.positions)
+        assert one[3:] == other[3:]
 
 
 numbers = st.integers(1, 23)

@@ -242,9 +242,9 @@ def test_without_prompts_the_settings_of_training_change_nothing_and_are_said_to
     trained = {"epochs", "batch_size", "lr", "weight_decay", "temperature", "max_drift", "kept"}
     assert set(Strata().idle()) == trained == set(Strata.model_fields) - {"length", "head", "layers"}
     assert Strata(length=1).idle() == {} and set(Strata(length=1, kept=0.5).idle()) == {"max_drift"}
-    Strata().heed(["layers", "head"])
+    Strata().heed({"layers": 3, "lr": 0.1, "kept": None}, {"lr": 0.1})
     with pytest.raises(ConfigError) as error:
-        Strata().heed(["layers", "lr"])
+        Strata().heed({"layers": 3, "lr": 0.1}, {})
     assert str(error.value) == (
         "lr changes nothing where length is 0, since nothing is trained; leave it out, or change that"
     )
