@@ -95,8 +95,7 @@ EXPERIMENTS: dict[str, list[Variant]] = {
     "drift": [
         Variant(f"max_drift {bound}", "vpt-nsp2-exact", {"epochs": SWEEP, "max_drift": bound})
         for bound in (0.05, 0.1, 0.4)
-    ]
-    + [Variant("kept 0.99, not measured", "vpt-nsp2-exact", {"epochs": SWEEP, "kept": 0.99})],
+    ],
     "strata": [
         Variant("strata", "strata", {}, (0, 1, 2)),
         Variant("reading the last block alone", "strata", {"layers": 1}),
