@@ -80,8 +80,8 @@ class BoundedNullSpace(NullSpace):
             drifts[lost] = float(moved / spread.clamp_min(torch.finfo().tiny))
             return drifts[lost] <= self.max_drift
 
-        try:  # tighter cuts move less, so the loosest that is tight enough is found by halving
-            loosest = bisect_left(_LOST, True, key=within)
+        try:  # the loosest is often tight enough; else, as tighter cuts move less, the one sought is found by halving
+            loosest = 0 if within(_LOST[0]) else bisect_left(_LOST, True, lo=1, key=within)
         finally:
             for i, value in here.items():
                 self.prompts.value(i).copy_(value)
