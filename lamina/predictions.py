@@ -130,7 +130,7 @@ def evaluate(model: ContinualModel, file: ModelFile, folder: Path, *, skip_broke
             "skipped_images": place - len(good),
             "image_size": model.spec.size,
             "precision": model.precision,
-            "test_batch": "transductive" if model.model.transductive else "independent",
+            "test_batch": "independent",  # a kept model whose predictions were not is refused
             "temperature": model.confidence.temperature,
         },
         classes=model.classes,

@@ -9,7 +9,6 @@ from lamina.continual import ContinualModel
 from lamina.errors import ConfigError
 from lamina.estimator import ContinualClassifier
 from lamina.lessons import learn_folder
-from lamina.predictions import evaluate
 from lamina.registry import method_class
 from lamina.results.records import Record
 from lamina.results.report import report
@@ -113,11 +112,3 @@ def test_a_file_cannot_be_made_to_choose_together_later(kept):
         with pytest.raises(ConfigError) as error:
             ContinualModel.load(forged, settings=settings)
         assert str(error.value) == refusal("l2p")
-
-
-def test_an_assessment_reads_from_the_prompts_whether_images_chose_together(kept):
-    folder, file = kept
-    model = ContinualModel.load(file)
-    assert evaluate(model, file, folder).protocol["test_batch"] == "independent"
-    model.model.prompts.transductive = True
-    assert evaluate(model, file, folder).protocol["test_batch"] == "transductive"

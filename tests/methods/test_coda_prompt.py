@@ -9,6 +9,7 @@ from lamina.errors import ConfigError
 from lamina.methods.coda_prompt import CODAPrompt
 from lamina.model import Batch
 from lamina.schedules import cosine_by_epoch
+from tests.methods.states import images_of, kept, logits
 from tests.streams import blobs, trainer_of
 
 SMALL = {"length": 4, "components": 5, "epochs": 2, "batch_size": 8, "lr": 0.02}
@@ -16,20 +17,6 @@ SMALL = {"length": 4, "components": 5, "epochs": 2, "batch_size": 8, "lr": 0.02}
 
 def made(tower, **settings):
     return trainer_of(CODAPrompt(**SMALL | settings), tower)
-
-
-def kept(trainer):
-    return {name: value.clone() for name, value in trainer.learner.model.learned().items()}
-
-
-@torch.no_grad()
-def logits(trainer, images, size=64):
-    model = trainer.learner.model.eval()
-    return torch.cat([model(Batch(part)).logits for part in images.split(size)])
-
-
-def images_of(trainer, stream):
-    return torch.cat([batch.images for task in stream for batch in trainer.feed.plain(task.test)])
 
 
 # ── promises ─────────────────────────────────────────────────────────────────────────────────────────

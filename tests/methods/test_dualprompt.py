@@ -8,6 +8,7 @@ from lamina.methods.dualprompt import DualPrompt
 from lamina.model import Batch
 from lamina.schedules import constant
 from lamina.training.objective import classify
+from tests.methods.states import images_of, kept, logits, moved
 from tests.streams import blobs, trainer_of
 
 SMALL = {"length": 4, "epochs": 2, "batch_size": 8, "lr": 0.02}
@@ -15,24 +16,6 @@ SMALL = {"length": 4, "epochs": 2, "batch_size": 8, "lr": 0.02}
 
 def made(tower, **settings):
     return trainer_of(DualPrompt(**SMALL | settings), tower)
-
-
-def kept(trainer):
-    return {name: value.clone() for name, value in trainer.learner.model.learned().items()}
-
-
-def images_of(trainer, stream):
-    return torch.cat([batch.images for task in stream for batch in trainer.feed.plain(task.test)])
-
-
-@torch.no_grad()
-def logits(trainer, images, size=64):
-    model = trainer.learner.model.eval()
-    return torch.cat([model(Batch(part)).logits for part in images.split(size)])
-
-
-def moved(before, after):
-    return {name for name, value in before.items() if not torch.equal(value, after[name])}
 
 
 # ── promises ─────────────────────────────────────────────────────────────────────────────────────────
