@@ -68,7 +68,7 @@ EXPERIMENTS: dict[str, list[Variant]] = {
     ],
     "control": [
         Variant("projectors", "vpt-nsp2", {}, (0, 1, 2)),
-        Variant("the same gain, no directions", "vpt-nsp2", {"gain_control": True}),
+        Variant("the same gain, no directions", "vpt-nsp2", {"gain_control": True}, (0, 1, 2)),
         Variant("projectors, class statistics, two passes", "vpt-nsp2", {"epochs": SWEEP, "head": "statistics"}),
         Variant(
             "the same gain, class statistics, two passes",
@@ -83,7 +83,7 @@ EXPERIMENTS: dict[str, list[Variant]] = {
     ],
     "exact": [
         Variant("vpt-nsp2", "vpt-nsp2", {}, (0, 1, 2)),
-        Variant("vpt-nsp2-exact", "vpt-nsp2-exact", {}),
+        Variant("vpt-nsp2-exact", "vpt-nsp2-exact", {}, (0, 1, 2)),
     ],
     "heads": [
         Variant(f"{method}, {head}", method, {"epochs": SWEEP, "head": head})
@@ -95,6 +95,9 @@ EXPERIMENTS: dict[str, list[Variant]] = {
     "drift": [
         Variant(f"max_drift {bound}", "vpt-nsp2-exact", {"epochs": SWEEP, "max_drift": bound})
         for bound in (0.05, 0.1, 0.4)
+    ]
+    + [
+        Variant(f"kept {kept}", "vpt-nsp2-exact", {"epochs": SWEEP, "kept": kept}) for kept in (0.8, 0.9, 0.99, 0.999)
     ],
     "strata": [
         Variant("strata", "strata", {}, (0, 1, 2)),
