@@ -11,7 +11,7 @@ from lamina.backbones.tower import Encoded, PromptPass, Tap, Tower
 from lamina.data.stream import Task
 from lamina.errors import ConfigError
 from lamina.heads.base import Head
-from lamina.prompts.base import PromptModule
+from lamina.prompts.base import EarlyPass, PromptModule
 
 
 class Batch(NamedTuple):
@@ -85,9 +85,13 @@ class PromptedModel(nn.Module):
         return {name: value for name, value in self.state_dict().items() if not name.startswith("tower.")}
 
     def query(self, batch: Batch) -> Tensor:
-        """Return the features (B, F) of the frozen tower without prompts, by which prompts are chosen."""
+        """Return the features (B, F) by which prompts are chosen: the frozen tower's, in the end or early."""
         if batch.query is not None:
             return batch.query
+        if self.prompts is not None and self.prompts.query == "early":
+            _, started = self.look(batch)
+            assert isinstance(started, EarlyPass) and started.query is not None
+            return started.query
         with torch.no_grad():
             return self.tower(batch.images).features
 
@@ -99,8 +103,10 @@ class PromptedModel(nn.Module):
             raise ValueError("a batch without images cannot be encoded; it holds cached features")
         if self.prompts is None:
             return self.tower(batch.images, tap=tap, layers=self.layers), None
-        query = self.query(batch) if self.prompts.query == "frozen" else None
-        started = self.prompts.start(query, task)
+        if self.prompts.query == "early":
+            started: PromptPass = EarlyPass(self.prompts, self.tower.read, task)
+        else:
+            started = self.prompts.start(self.query(batch) if self.prompts.query == "frozen" else None, task)
         return self.tower(batch.images, started, tap, layers=self.layers), started
 
     def features(

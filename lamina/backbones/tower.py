@@ -169,6 +169,10 @@ class Tower(nn.Module):
         """Reduce the final sequence, or its `readout` rows, to features (B, F)."""
         raise NotImplementedError
 
+    def read(self, tokens: Tensor) -> Tensor:
+        """Reduce a sequence (B, N, D) between any two blocks to features (B, F), as if it were the final one."""
+        return self.pool(tokens if self.readout is None else tokens[:, self.readout])
+
     def class_position(self) -> Tensor | None:
         """Return what block 0 finds added to the class token for its place (D,); None where there is no such thing."""
         return None
@@ -227,7 +231,7 @@ class Tower(nn.Module):
             x = _block(block, x, splice, mask, tap, layer, frozen, rows=self.readout if last else None)
             frozen, carried = self._split(x, tokens)
             if layer >= self.depth - layers:
-                read.append(self.pool(frozen if last or self.readout is None else frozen[:, self.readout]))
+                read.append(self.pool(frozen) if last else self.read(frozen))
         tail = self.final_norm(carried) if carried is not None and self.slots is None else None
         features = torch.cat(read, dim=-1)
         features = features.to(torch.promote_types(features.dtype, torch.float32))

@@ -22,8 +22,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lamina.backbones.tower import Tower
 from lamina.data.stream import Task
@@ -59,6 +60,16 @@ class DualPrompt(VPTDeep):
     clip_norm: float = Field(1.0, ge=0, description="longest gradient a step may use, all together; 0 does not clip")
     weight_decay: float = Field(0.0, ge=0, description="of Adam; it joins the gradient")
     temperature: float = Field(1.0, gt=0, description="divides the logits in the loss")
+    parity: Literal["paper", "official"] = Field(
+        "paper",
+        description="official has 5 rows for an expert and lets the images of a batch vote, as the released "
+        "configuration does, also in evaluation",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _official_votes(cls, values: Any) -> Any:
+        return {"selection": "batch", "length": 5, **values} if values.get("parity") == "official" else values
 
     def build(self, tower: Tower) -> Learner:
         """Put the method together for one frozen image tower.

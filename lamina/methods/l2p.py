@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -30,11 +30,11 @@ from pydantic import Field, model_validator
 from lamina.backbones.tower import Tower
 from lamina.config import Settings
 from lamina.data.stream import Task
-from lamina.errors import ConfigError
 from lamina.heads.choose import HeadName, head_of
 from lamina.learner import Learner, Phase, refinement
 from lamina.model import PromptedModel
-from lamina.prompts.pool import PromptPool, Readout, Selection, check_choice
+from lamina.prompts.pool import PromptPool, Query, Readout, Selection, check_choice, check_query, class_position
+from lamina.prompts.prefix import blocks_of
 
 
 class L2P(Settings):
@@ -45,10 +45,12 @@ class L2P(Settings):
     length: int = Field(5, ge=0, description="tokens in one prompt (M); 0 trains the classifier alone")
     pull: float = Field(0.1, ge=0, description="weight of the loss that draws chosen keys to the query")
     selection: Selection = Field(
-        "image",
-        description="who chooses: each image for itself; or all images of a batch by a vote, which is transductive: a "
-        "prediction then depends on the other images of its batch",
+        "image", description="who chooses: each image for itself, or all of a batch by a vote, which is transductive"
     )
+    query: Query = Field(
+        "frozen", description="features that choose: the frozen model's last, or early, where prompts enter"
+    )
+    entry: int = Field(0, ge=0, description="block that prompts enter, from 0; above 0 where the query is early")
     position: Literal["class", "none"] = Field(
         "class", description="what is added to prompts where they enter: the position of the class token, or nothing"
     )
@@ -67,23 +69,29 @@ class L2P(Settings):
         description="classifier: a layer per task, the same by cosine, class statistics, or layers balanced on draws",
     )
 
+    parity: Literal["paper", "official"] = Field(
+        "paper", description="official lets the images of a batch vote, as the released code does, also in evaluation"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _official_votes(cls, values: Any) -> Any:
+        return {"selection": "batch", **values} if values.get("parity") == "official" else values
+
     @model_validator(mode="after")
     def _choice_is_possible(self) -> Self:
         check_choice(self.size, self.top, self.length, self.readout)
+        check_query(self.query, self.entry)
         return self
 
     def build(self, tower: Tower) -> Learner:
         """Put the method together for one frozen image tower.
 
         Raises:
-            ConfigError: when prompts are to get the position of a class token that the tower has not.
+            ConfigError: when prompts are to get the position of a class token that the tower has not, or to enter a
+                block that it has not.
         """
-        position = tower.class_position() if self.position == "class" else None
-        if self.position == "class" and position is None:
-            raise ConfigError(
-                'position="class" needs a backbone whose class token enters block 0 with a learned position added to '
-                f'it; this {type(tower).__name__} has none: set position="none"'
-            )
+        blocks_of([self.entry], [], tower.depth, "L2P.entry")
         prompts = PromptPool(
             self.size,
             self.top,
@@ -93,7 +101,9 @@ class L2P(Settings):
             pull=self.pull,
             selection=self.selection,
             readout=self.readout,
-            position=position,
+            position=class_position(tower) if self.position == "class" else None,
+            entry=self.entry,
+            query=self.query,
         )
         head = head_of(self.head, tower.width if self.readout == "prompts" else tower.features)
         return Learner(PromptedModel(tower, prompts, head), self.phases, refine=self.refine)

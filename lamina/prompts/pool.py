@@ -8,16 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamina.backbones.tower import PromptPass, Splice
+from lamina.backbones.tower import PromptPass, Splice, Tower
 from lamina.errors import ConfigError
 from lamina.prompts.base import PromptModule, Scripted
 
 Selection = Literal["image", "batch"]
 Readout = Literal["prompts", "backbone"]
+Query = Literal["frozen", "early"]
 
 
 class PromptPool(PromptModule):
-    """`size` prompts of M tokens each; the chosen ones enter block 0 behind the sequence, and travel with it.
+    """`size` prompts of M tokens each; the chosen ones enter one block behind the sequence, and travel with it.
 
     The choice has no gradient, so the classification loss reaches the chosen prompts and no key; a loss
     term of its own, "pull", draws the chosen keys to the query and reaches nothing else.
@@ -27,12 +28,14 @@ class PromptPool(PromptModule):
         top: k, how many of them an image takes; 0 leaves the tower as it is.
         length: M, tokens in one prompt; 0 leaves the tower as it is.
         width: D of the tower.
-        features: F of the query, which is what the frozen tower says of the image.
+        features: F of the query.
         pull: weight of the sum of the cosines between a query and its chosen keys.
         selection: "image" takes for each image its own `top`. "batch" takes for all images of a batch the `top` that
             most of them would take, and of two that are taken as often the one that stands earlier in the pool.
         readout: what the head reads, the mean of what became of the prompts or the tower's features.
         position: (D,). Added to every prompt token where it enters; None adds nothing.
+        entry: the block that they enter, from 0.
+        query: what the frozen tower says of the image in the end, or "early", on entry to block `entry`.
 
     Attributes:
         transductive: predictions depend on the other images of the batch.
@@ -44,7 +47,6 @@ class PromptPool(PromptModule):
         Wang et al., Learning to Prompt for Continual Learning, CVPR 2022.
     """
 
-    query = "frozen"
     position: Tensor | None
 
     def __init__(
@@ -59,10 +61,13 @@ class PromptPool(PromptModule):
         selection: Selection = "image",
         readout: Readout = "prompts",
         position: Tensor | None = None,
+        entry: int = 0,
+        query: Query = "frozen",
     ) -> None:
         super().__init__()
         check_choice(size, top, length, readout)
         self.size, self.top, self.pull = size, top, pull
+        self.entry, self.query = entry, query
         self.selection, self.transductive, self.readout = selection, selection == "batch", readout
         self.values = nn.Parameter(torch.empty(size, length, width).uniform_(-1, 1))
         self.keys = nn.Parameter(torch.empty(size, features).uniform_(-1, 1))
@@ -73,6 +78,15 @@ class PromptPool(PromptModule):
     def pool_size(self) -> int:
         return self.size
 
+    @property
+    def layers(self) -> list[int]:
+        """The blocks that learned tokens enter: one."""
+        return [self.entry]
+
+    def value(self, layer: int) -> nn.Parameter:
+        """Return the tokens (size, M, D) of the whole pool."""
+        return self.values
+
     def start(self, query: Tensor | None = None, task: int | None = None) -> PromptPass:
         if query is None:
             raise ValueError("a pool of prompts chooses by the query; give the features of the frozen model")
@@ -81,7 +95,7 @@ class PromptPool(PromptModule):
         tokens = self.values[chosen].flatten(1, 2)  # (B, k * M, D)
         if self.position is not None:
             tokens = tokens + self.position
-        begun = Scripted(lambda layer, _, carried: Splice(tokens=tokens) if layer == 0 else None)
+        begun = Scripted(lambda layer, _, carried: Splice(tokens=tokens) if layer == self.entry else None)
         begun.terms["pull"] = -self.pull * cosines.gather(1, chosen).sum(-1).mean()
         begun.chosen = chosen
         return begun
@@ -108,6 +122,34 @@ def check_choice(size: int, top: int, length: int, readout: Readout) -> None:
             f'readout="prompts" needs at least one prompt token to read; got top={top}, length={length}: raise them or '
             'take readout="backbone"'
         )
+
+
+def check_query(query: Query, entry: int) -> None:
+    """Refuse to ask before the first block.
+
+    Raises:
+        ConfigError: see the message.
+    """
+    if query == "early" and not entry:
+        raise ConfigError(
+            'entry must be at least 1 with query="early", or no block has seen the image yet; got 0: a third of the '
+            "backbone's blocks is a fair choice"
+        )
+
+
+def class_position(tower: Tower) -> Tensor:
+    """Return the position (D,) that block 0 finds added to the class token.
+
+    Raises:
+        ConfigError: when there is no such thing.
+    """
+    position = tower.class_position()
+    if position is None:
+        raise ConfigError(
+            'position="class" needs a backbone whose class token enters block 0 with a learned position added to '
+            f'it; this {type(tower).__name__} has none: set position="none"'
+        )
+    return position
 
 
 def _highest(values: Tensor, count: int) -> Tensor:
