@@ -2,8 +2,8 @@
 
     python benchmarks/tables.py [--check]
 
-A table stands between `<!-- table: NAME -->` and `<!-- /table -->`. `null-space/EXPERIMENT` stands for each
-experiment in `benchmarks/results/null-space.json`.
+A table stands between `<!-- table: NAME -->` and `<!-- /table -->`. `STUDY/EXPERIMENT` stands for an experiment of a
+study (see `study.py`), such as `null-space/control`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 from lamina.errors import ConfigError, DataError, LaminaError, unknown
 from lamina.results.records import Record, read_records
@@ -38,9 +39,46 @@ TABLES = {
     "demo": Source("demo.json"),
     "tiny-odd-10": Source("tiny-odd-10.json"),
 }
-EXPERIMENTS = "null-space"
+
+
+class Cell(NamedTuple):
+    """A column of an experiment: its title, what a run has there, and how the values of all runs are shown."""
+
+    title: str
+    value: Callable[[Record], float | None]
+    show: Callable[[list[float]], str] = lambda values: str(spread(values))
+
+
+def _share(part: Sequence[float], whole: Sequence[float]) -> float | None:
+    return sum(part) / sum(whole) if any(whole) else None
+
+
+def _mean(values: list[float]) -> str:
+    return f"{fmean(values):,.0f}"
+
+
+CELLS = {
+    "accuracy": Cell("accuracy (%)", lambda run: run.metrics["accuracy"]),
+    "task-aware": Cell("task-aware accuracy (%)", lambda run: run.metrics["accuracy_task_aware"]),
+    "forgetting": Cell("forgetting (%)", lambda run: run.metrics["forgetting"]),
+    "new tasks": Cell("new tasks (%)", lambda run: sum(line[-1] for line in run.matrix) / len(run.matrix)),
+    "drift": Cell("drift (%)", lambda run: run.old_drift[-1][-1] if run.old_drift else None),
+    "looking back": Cell(
+        "looking back (% of training)", lambda run: _share(run.seconds["look_back"], run.seconds["train"])
+    ),
+    "training": Cell("training, s a task", lambda run: fmean(run.seconds["train"]), _mean),
+    "evaluation": Cell("evaluation, s in all", lambda run: sum(run.seconds["evaluate"]), _mean),
+    "memory": Cell("peak memory (MB)", lambda run: run.peak_memory_mb, _mean),
+    "learned": Cell("learned numbers", lambda run: run.trainable_parameters, _mean),
+    "stored": Cell("stored numbers", lambda run: run.stored_numbers, _mean),
+}
+#: file of a study -> what its tables show
+STUDIES = {
+    "null-space": ("accuracy", "forgetting", "new tasks", "drift", "looking back"),
+    "pools": ("accuracy", "task-aware", "forgetting", "training", "evaluation", "memory", "learned", "stored"),
+}
 LONG, COSTS = "long-streams", "heads"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "null-space.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "null-space.md", ROOT / "docs" / "prompt-pools.md")
 
 
 def table(records: Sequence[Record], columns: Sequence[str]) -> str:
@@ -62,37 +100,40 @@ def table(records: Sequence[Record], columns: Sequence[str]) -> str:
     return f"{to_markdown(rows, columns)}\n{caption(records)}\n"
 
 
-def experiment(values: Mapping[str, Any], name: str) -> str:
+def experiment(values: Mapping[str, Any], name: str, columns: Sequence[str], more: Sequence[Record] = ()) -> str:
     """Return the Markdown table of one experiment: a row for each variant, run or not yet run.
 
     Args:
-        values: what `benchmarks/null_space.py` wrote.
+        values: what a `Study` wrote.
+        columns: names in `CELLS`.
+        more: records of other files that count as run.
     """
     if name not in values["experiments"]:
         raise ConfigError(unknown("experiment", name, values["experiments"]))
-    records = [Record.from_dict(record) for record in values["records"]]
+    records = [*map(Record.from_dict, values["records"]), *more]
     lines = [
-        "| variant | accuracy (%) | forgetting (%) | new tasks (%) | drift (%) | looking back (% of training) | n |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        f"| variant | {' | '.join(CELLS[column].title for column in columns)} | n |",
+        f"|---|{'---:|' * len(columns)}---:|",
     ]
     used = []
     for row in values["experiments"][name]:
-        runs = [
-            record
-            for record in records
-            if (record.method, record.settings) == (row["method"], row["settings"]) and record.seed in row["seeds"]
-        ]
-        used += runs
-        cells = [
-            [run.metrics["accuracy"] for run in runs],
-            [run.metrics["forgetting"] for run in runs],
-            [sum(line[-1] for line in run.matrix) / len(run.matrix) for run in runs],
-            [run.old_drift[-1][-1] for run in runs if run.old_drift],
-            [sum(run.seconds["look_back"]) / sum(run.seconds["train"]) for run in runs if any(run.seconds["train"])],
-        ]
-        shown = [str(spread(cell)) if cell else "–" if runs else "not yet run" for cell in cells]
-        lines.append(f"| {row['name']} | {' | '.join(shown)} | {len(runs)} |")
+        runs = {record.seed: record for record in records if _is_run_of(record, row)}
+        used += runs.values()
+        cells = []
+        for column in columns:
+            found = [value for run in runs.values() if (value := CELLS[column].value(run)) is not None]
+            cells.append(CELLS[column].show(found) if found else "–" if runs else "not yet run")
+        lines.append(f"| {row['name']} | {' | '.join(cells)} | {len(runs)} |")
     return "\n".join(lines) + "\n" + (f"\n{caption(used)}\n" if used else "")
+
+
+def _is_run_of(record: Record, row: Mapping[str, Any]) -> bool:
+    """Say whether a record is of a row's method, settings, stream, protocol and seeds."""
+    return (
+        (record.method, record.settings, record.stream) == (row["method"], row["settings"], row["stream"])
+        and record.seed in row["seeds"]
+        and ("online" in record.protocol) == bool(row["run"].get("online"))
+    )
 
 
 def long_streams(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -157,8 +198,10 @@ def rewrite(text: str, results: Path) -> tuple[str, list[str]]:
     def fresh(block: re.Match[str]) -> str:
         name = block["name"]
         group, _, part = name.partition("/")
-        if part and group == EXPERIMENTS:
-            body = experiment(json.loads((results / f"{group}.json").read_text()), part)
+        if part and group in STUDIES:
+            study = json.loads((results / f"{group}.json").read_text())
+            more = [record for other in study.get("also", ()) for record in read_records(results / f"{other}.json")]
+            body = experiment(study, part, STUDIES[group], more)
         elif name in (LONG, COSTS):
             found = json.loads((results / f"{name}.json").read_text())
             body = long_streams(found) if name == LONG else costs(found)

@@ -104,6 +104,11 @@ def test_an_unfinished_run_is_refused(call, seeds, make_record):
 # ── experiments ──────────────────────────────────────────────────────────────────────────────────────
 
 
+#: what runs of `make_record` learn, and how
+MATRIX = [[0.9], [0.8, 0.7], [0.8, 0.7, 0.6], [0.5, 0.4, 0.3, 0.2]]
+HERE = {"stream": "tiny-odd-4", "run": {}}
+
+
 def test_a_variant_is_averaged_over_its_own_runs_and_one_not_yet_run_says_so(call, make_record, make_drift, tmp_path):
     matrix = [[0.9], [0.8, 0.7], [0.8, 0.7, 0.6]]
     runs = [
@@ -111,8 +116,8 @@ def test_a_variant_is_averaged_over_its_own_runs_and_one_not_yet_run_says_so(cal
         for seed in (0, 1, 2)
     ]
     rows = [
-        {"name": "all", "method": "vpt-nsp2", "settings": {"eta": 1}, "seeds": [0, 2]},
-        {"name": "none", "method": "vpt-nsp2", "settings": {"eta": 0}, "seeds": [0]},
+        {"name": "all", "method": "vpt-nsp2", "settings": {"eta": 1}, "seeds": [0, 2], **HERE},
+        {"name": "none", "method": "vpt-nsp2", "settings": {"eta": 0}, "seeds": [0], **HERE},
     ]
     values = {"experiments": {"parts": rows}, "records": [run.as_dict() for run in runs]}
     (tmp_path / "null-space.json").write_text(json.dumps(values))
@@ -124,6 +129,36 @@ def test_a_variant_is_averaged_over_its_own_runs_and_one_not_yet_run_says_so(cal
     )
     assert "| all | 36.0 ± 1.4 | 32.0 ± 1.9 | 60.0 ± 0.0 | 10.0 ± 0.0 | 3.7 ± 0.0 | 2 |" in text
     assert "| none | not yet run | not yet run | not yet run | not yet run | not yet run | 0 |" in text
+
+
+def test_runs_of_another_stream_or_protocol_are_not_those_of_a_variant(call, make_record, tmp_path):
+    run = make_record(MATRIX, settings={"eta": 1}).as_dict()
+    online = {**run, "protocol": {**run["protocol"], "online": "one pass"}, "seed": run["seed"]}
+    row = {"method": "vpt-nsp2", "settings": {"eta": 1}, "seeds": [run["seed"]]}
+    rows = [
+        {"name": "here", **row, **HERE},
+        {"name": "elsewhere", **row, "stream": "other", "run": {}},
+        {"name": "online", **row, "stream": "tiny-odd-4", "run": {"online": True}},
+    ]
+
+    def lines(*records):
+        (tmp_path / "null-space.json").write_text(json.dumps({"experiments": {"parts": rows}, "records": records}))
+        _, text, _ = call(None, readme="<!-- table: null-space/parts -->\n<!-- /table -->\n")
+        return {line.split(" | ")[0].strip("| "): line.rstrip(" |")[-1] for line in text.splitlines()[3:6]}
+
+    assert lines(run) == {"here": "1", "elsewhere": "0", "online": "0"}
+    assert lines(online) == {"here": "0", "elsewhere": "0", "online": "1"}
+
+
+def test_a_study_takes_runs_from_other_files_that_it_names(call, make_record, tmp_path):
+    run = make_record(MATRIX, settings={"eta": 1})
+    rows = [{"name": "here", "method": "vpt-nsp2", "settings": {"eta": 1}, "seeds": [run.seed], **HERE}]
+    (tmp_path / "other.json").write_text(json.dumps({"records": [run.as_dict()]}))
+    for also, expected in (["other"], "| here | 35.0 |"), ([], "| here | not yet run |"):
+        values = {"also": also, "experiments": {"parts": rows}, "records": []}
+        (tmp_path / "null-space.json").write_text(json.dumps(values))
+        _, text, _ = call(None, readme="<!-- table: null-space/parts -->\n<!-- /table -->\n")
+        assert expected in text
 
 
 def test_an_experiment_that_nobody_made_is_named(call, tmp_path):
