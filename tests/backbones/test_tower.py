@@ -194,6 +194,44 @@ def test_a_last_block_of_the_class_row_alone_gives_the_same(tower, images, value
     close(one, gradient(tower, images, context, values, all_rows=True), 1e-5)
 
 
+def travelling(values, **more):
+    """Tokens that enter block 0 and travel; at block 1 they stay as they are, and the last one shows a context, too."""
+
+    def at(layer, tokens, carried):
+        if layer == 2:
+            return Splice(context=values[2], **more)
+        return Splice(tokens=values[0].expand(len(tokens), -1, -1)) if layer == 0 else None
+
+    return Scripted(at)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_last_block_of_the_class_row_and_travelling_prompts_alone_gives_the_same(
+    tower, images, values, kernel, hidden
+):
+    weights = torch.randn(7, values.shape[1], 24, generator=torch.Generator().manual_seed(5))
+
+    def both(**how):
+        given = values.clone().requires_grad_()
+        encoded = tower(images, travelling(given, frozen_only=hidden), **how)
+        (encoded.prompts * weights).sum().backward()
+        return encoded.features, encoded.prompts, given.grad
+
+    whole = both(all_rows=True)
+    for got, expected in zip(both(), whole, strict=True):
+        close(got, expected, 1e-5)
+    for got, expected in zip(both(tap=lambda probe: None), whole, strict=True):
+        close(got, expected, 1e-5)
+
+
+def test_the_last_block_computes_no_more_than_what_is_read_and_what_travels(tower, images, values):
+    rows, travels = [], values.shape[1]
+    for view in tower.blocks():
+        view.finish = lambda x, mixed, finish=view.finish: (rows.append(x.shape[1]), finish(x, mixed))[1]
+    tower(images, travelling(values))
+    assert rows == [17 + travels, 17 + travels, 1 + travels]
+
+
 def test_the_final_tokens_come_only_when_asked_for(tower, images, values):
     assert tower(images, context(values)).tokens is None
     assert tower(images, context(values), all_rows=True).tokens.shape == (7, 17, 24)
