@@ -77,7 +77,6 @@ STUDIES = {
     "null-space": ("accuracy", "forgetting", "new tasks", "drift", "looking back"),
     "pools": ("accuracy", "task-aware", "forgetting", "training", "evaluation", "memory", "learned", "stored"),
 }
-LONG, COSTS = "long-streams", "heads"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "null-space.md", ROOT / "docs" / "prompt-pools.md")
 
 
@@ -166,6 +165,47 @@ def costs(values: Mapping[str, Any]) -> str:
     return "\n".join(lines) + f"\n\nMedians of {values['rounds']} rounds; {said}; commit `{values['commit'][:12]}`.\n"
 
 
+def votes(values: Mapping[str, Any]) -> str:
+    """Return the Markdown table of what `benchmarks/votes.py` wrote: a line for each run, a column for each choice."""
+    columns = list(dict.fromkeys((r["choice"], r["batch"], r["order"]) for run in values["runs"] for r in run["rows"]))
+    columns = [column for column in columns if column[0] == "batch" or column[2] == "sorted"]  # alone, order is nothing
+    titles = {"image": "each image for itself", "batch": "vote of {} {}"}
+    words = {"sorted": "of a class and task", "mixed": "in no order"}
+    heads = [titles[choice].format(batch, words[order]) for choice, batch, order in columns]
+    lines = [f"| method | trained | {' | '.join(heads)} |", f"|---|---|{'---:|' * len(columns)}"]
+    for run in values["runs"]:
+        found = {(row["choice"], row["batch"], row["order"]): row["accuracy"] for row in run["rows"]}
+        trained = {"image": "each image for itself", "batch": "by vote"}[run["trained"]]
+        cells = [f"{100 * found[column]:.1f}" for column in columns]
+        lines.append(f"| {run['method']} | {trained} | {' | '.join(cells)} |")
+    said = f"Accuracy in percent on the test images of `{values['stream']}`, one seed"
+    return "\n".join(lines) + f"\n\n{said}; {values['hardware']}; commit `{values['commit']}`.\n"
+
+
+def pool_costs(values: Mapping[str, Any]) -> str:
+    """Return the Markdown table of what `benchmarks/pool_costs.py` wrote."""
+    lines = ["| method | on | step | prediction | weights in memory |", "|---|---|---:|---:|---:|"]
+    for size, found in values["sizes"].items():
+        for name, share in found["weights"].items():
+            pair = f"{name} / vpt-deep"
+            cells = [
+                f"{found[kind][pair]['median']:.2f}" if pair in found[kind] else "1" for kind in ("step", "prediction")
+            ]
+            lines.append(f"| {name} | {size} | {' | '.join(cells)} | {share:.3f} |")
+    said = "Steps and predictions as multiples of vpt-deep's, weights as multiples of the frozen backbone's"
+    tail = f"medians of {values['rounds']} rounds; {values['processor']}, one thread; commit `{values['commit'][:12]}`"
+    return "\n".join(lines) + f"\n\n{said}; {tail}.\n"
+
+
+#: file of results -> what makes a table of it
+SHOWN: dict[str, Callable[[Any], str]] = {
+    "long-streams": long_streams,
+    "heads": costs,
+    "votes": votes,
+    "pool-costs": pool_costs,
+}
+
+
 def caption(records: Sequence[Record]) -> str:
     """Return the protocol, backbone, hardware and commit in one line; where runs differ, every value."""
     names = dict.fromkeys(name for record in records for name in record.protocol)
@@ -202,13 +242,12 @@ def rewrite(text: str, results: Path) -> tuple[str, list[str]]:
             study = json.loads((results / f"{group}.json").read_text())
             more = [record for other in study.get("also", ()) for record in read_records(results / f"{other}.json")]
             body = experiment(study, part, STUDIES[group], more)
-        elif name in (LONG, COSTS):
-            found = json.loads((results / f"{name}.json").read_text())
-            body = long_streams(found) if name == LONG else costs(found)
+        elif name in SHOWN:
+            body = SHOWN[name](json.loads((results / f"{name}.json").read_text()))
         elif name in TABLES:
             body = table(read_records(results / TABLES[name].file), TABLES[name].columns)
         else:
-            raise ConfigError(unknown("table", name, [*TABLES, LONG, COSTS]))
+            raise ConfigError(unknown("table", name, [*TABLES, *SHOWN]))
         if body != block["body"]:
             changed.append(name)
         return f"{block[1]}{body}{block[4]}"

@@ -254,7 +254,7 @@ class ContinualModel:
             work: folder of checkpoints, from which a lesson that was interrupted goes on.
 
         Raises:
-            ConfigError: when a class is known already, or the task is too small for the method.
+            ConfigError: when a class is known already, or the task is one that the method or a protection cannot take.
             ResumeError: when `work` holds another lesson.
             TrainingError: when the loss is not finite.
             Stopped: when `should_stop` says so; the state is in `work`.
@@ -283,6 +283,8 @@ class ContinualModel:
             past = self._trainer(self.learner, self.statistics)
             if not trainer.restore(Stream("lessons", [*self._past, task], 0, material.fingerprint)):
                 trainer.adopt(self._past, self.model.learned(), past.memory())
+            for protection in learner.protections:
+                protection.check([task])
             trainer.should_stop = should_stop
             statistics.grow(max([len(self.classes) - 1, *task.columns]) + 1)
             trainer.learn(task, tasks=len(self.lessons) + 1)
@@ -340,13 +342,7 @@ class ContinualModel:
                 if parts
                 else (torch.zeros(0, max(task.columns) + 1), torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64))
             )
-            confidence = learn_confidence(
-                self.confidence,
-                logits,
-                features,
-                labels,
-                gaussians(statistics),
-            )
+            confidence = learn_confidence(self.confidence, logits, features, labels, gaussians(statistics))
         drift = None
         if self.lessons:
             sample = task.test if len(task.test) else task.train

@@ -40,6 +40,11 @@ class RunSettings(Settings):
     backbone: str = Field("lamina:vit-nano", description="see `lamina list backbones`")
     seed: int = Field(0, ge=0, description="of everything random in training; the order of classes has its own")
     augmentation: str = Field("crop-flip", description="transform of training images")
+    normalization: Literal["backbone", "unit", "half", "imagenet"] = Field(
+        "backbone",
+        description="mean and deviation of pixels: the backbone's own; unit feeds them from 0 to 1, half from -1 to 1, "
+        "imagenet with those of ImageNet",
+    )
     precision: Literal["auto", "bf16", "32"] = Field(
         "auto", description="of the frozen tower; auto takes bf16 where it is fast"
     )
@@ -220,7 +225,7 @@ def _run(
 
     dtype = tower_dtype(run.precision, fabric.device)
     backbone = load_backbone(run.backbone, dtype=dtype)
-    spec = InputSpec(**backbone.pixels)
+    spec = InputSpec(**backbone.pixels).fed(run.normalization)
     with fabric.rank_zero_first(local=True):  # the first process on a machine decodes, the others read its cache
         stream = build_stream(run.stream, data, max_side=spec.max_side)
     torch.manual_seed(seed_at(run.seed, "build"))
@@ -236,8 +241,8 @@ def _run(
         workers=run.workers,
     )
     asked = {name: value for name, value in run.model_dump().items() if name not in _FREE}
-    for name in ("measure_drift", "online"):  # a checkpoint from before they were there is one of a run without
-        if not asked[name]:
+    for name in ("measure_drift", "online", "normalization"):  # a checkpoint from before they were there has none
+        if asked[name] == RunSettings.model_fields[name].default:
             del asked[name]
     identity = {
         **asked,
@@ -259,6 +264,7 @@ def _run(
         online=run.online,
     )
     trainer.restore(stream)
+    trainer.check(stream)
     if fabric.is_global_zero and not (folder / SETTINGS).exists():  # not before all that was asked for was found
         write_toml(folder / SETTINGS, {"run": run.model_dump(), "command": command})
     with stop_signals() as trainer.should_stop:
@@ -283,6 +289,7 @@ def _run(
             "test_images": sum(test),
             "tested_on": "held-out training images" if run.stream.holdout else "test images",
             "image_size": spec.size,
+            **({"normalization": run.normalization} if run.normalization != "backbone" else {}),
             "augmentation": "none (cached features)" if learner.cache == "features" else run.augmentation,
             "precision": identity["precision"],
             **_test_batch(learner.model.transductive, run.eval_batch),

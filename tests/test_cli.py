@@ -126,8 +126,8 @@ def test_the_version_is_said():
 # ── wrong words ──────────────────────────────────────────────────────────────────────────────────────
 
 KNOWN = (
-    "Known: coda-prompt, cprompt, dualprompt, dualprompt-pgp, joint, l2p, l2p-pgp, linear-probe, nearest-mean, ranpac, "
-    "strata, vpt-deep, vpt-nsp2, vpt-nsp2-exact, vpt-pgp"
+    "Known: coda-prompt, cprompt, dualprompt, dualprompt-pgp, joint, l2p, l2p-nsp2, l2p-pgp, l2p-pp, linear-probe, "
+    "nearest-mean, ranpac, strata, vpt-deep, vpt-nsp2, vpt-nsp2-exact, vpt-pgp"
 )
 SETTINGS = (
     "Known: batch_size, center, epochs, eta1, eta2, gain_control, head, kept, knee, layers, length, ln_correction, lr, "

@@ -8,7 +8,7 @@ import torch
 
 from lamina.backbones.load import Backbone
 from lamina.config import Settings
-from lamina.continual import ContinualModel, lesson_settings
+from lamina.continual import ContinualModel
 from lamina.data.material import Material
 from lamina.data.pictures import ArrayPictures
 from lamina.errors import ConfigError, DataError, LaminaError, ModelFileError, ResumeError, TrainingError
@@ -16,6 +16,7 @@ from lamina.learner import Learner, refinement
 from lamina.methods.nearest_mean import NearestMean
 from lamina.model import Batch
 from lamina.modelfile import ModelFile
+from lamina.protections.null_space import NullSpace
 from lamina.registry import method_class, method_names
 from lamina.training.progress import Progress
 from lamina.training.trainer import Stopped
@@ -363,10 +364,20 @@ def test_a_setting_that_shapes_what_was_learned_cannot_be_changed(kept):
     assert ContinualModel.load(kept, settings={"lr": 0.5}).settings.lr == 0.5
 
 
-def test_every_method_with_settings_for_lessons_takes_them():
-    for name in method_names():
-        for key in lesson_settings(name):
-            assert key in __import__("lamina.registry", fromlist=["x"]).method_class(name).model_fields
+def test_protections_are_asked_about_a_lesson_before_it_is_learned(kept, monkeypatch):
+    """About its own task alone: the images of the others are gone."""
+
+    def check(self, tasks):
+        asked.extend((task.index, len(task.train)) for task in tasks)
+        raise ConfigError("not this one")
+
+    asked, steps = [], Halfway()
+    monkeypatch.setattr(NullSpace, "check", check)
+    model = ContinualModel.load(kept)
+    with pytest.raises(ConfigError, match="^not this one$"):
+        model.learn(material(5, 6), progress=steps)
+    assert asked == [(2, 14)] and not steps.steps
+    assert model.file().checksum == kept.checksum
 
 
 def test_a_method_of_ones_own_is_kept_like_any_other(monkeypatch):

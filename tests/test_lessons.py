@@ -468,8 +468,8 @@ def test_one_class_alone_is_not_enough_for_a_method_that_tells_the_classes_of_a_
         (
             ["--method", "vpt-nps2"],
             "no method is called 'vpt-nps2'; did you mean 'vpt-nsp2'? Known: coda-prompt, cprompt, dualprompt, "
-            "dualprompt-pgp, joint, l2p, l2p-pgp, linear-probe, nearest-mean, ranpac, strata, vpt-deep, vpt-nsp2, "
-            "vpt-nsp2-exact, vpt-pgp",
+            "dualprompt-pgp, joint, l2p, l2p-nsp2, l2p-pgp, l2p-pp, linear-probe, nearest-mean, ranpac, strata, "
+            "vpt-deep, vpt-nsp2, vpt-nsp2-exact, vpt-pgp",
         ),
         (
             ["--backbone", "lamina:vit-nona"],

@@ -9,6 +9,7 @@ import torch
 import lamina.runs
 from lamina.config import write_toml
 from lamina.errors import ConfigError, LaminaError, ResumeError
+from lamina.model import PromptedModel
 from lamina.registry import method_class
 from lamina.runs import RECIPES, RunSettings, execute, plan, resumable
 
@@ -95,8 +96,8 @@ def test_every_recipe_that_ships_can_be_planned():
             ("vpt-nps2", "digits"),
             {},
             "no method is called 'vpt-nps2'; did you mean 'vpt-nsp2'? Known: coda-prompt, cprompt, dualprompt, "
-            "dualprompt-pgp, joint, l2p, l2p-pgp, linear-probe, nearest-mean, ranpac, strata, vpt-deep, vpt-nsp2, "
-            "vpt-nsp2-exact, vpt-pgp",
+            "dualprompt-pgp, joint, l2p, l2p-nsp2, l2p-pgp, l2p-pp, linear-probe, nearest-mean, ranpac, strata, "
+            "vpt-deep, vpt-nsp2, vpt-nsp2-exact, vpt-pgp",
         ),
         (("joint",), {}, "a run needs a stream: --stream NAME; `lamina list streams` shows what there is"),
         (
@@ -112,6 +113,11 @@ def test_every_recipe_that_ships_can_be_planned():
             ("vpt-deep", "digits"),
             {"precision": "16"},
             "RunSettings.precision must be 'auto', 'bf16' or '32'; got '16'",
+        ),
+        (
+            ("vpt-deep", "digits"),
+            {"normalization": "units"},
+            "RunSettings.normalization must be 'backbone', 'unit', 'half' or 'imagenet'; got 'units'",
         ),
     ],
 )
@@ -166,7 +172,7 @@ def test_settings_that_a_crash_cut_short_are_our_error(tmp_path):
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def small():
     return plan("nearest-mean", "digits", overrides={"stream": {"per_class": 2, "test_per_class": 1}})[0]
 
@@ -202,6 +208,111 @@ def test_a_run_is_resumed_with_the_meter_it_was_begun_with(moving, tmp_path):
         with pytest.raises(ResumeError) as error:
             execute(moving.model_copy(update={"measure_drift": not measured}), folder, resume=True)
         assert str(error.value) == f"{folder / 'state.pt'} was made with measure_drift = {says}"
+
+
+# ── pixels ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def fed_otherwise(run, name):
+    return run.model_copy(update={"normalization": name})
+
+
+@pytest.fixture(scope="module")
+def fed(small, tmp_path_factory):
+    """Folders and records of the same run with pixels of three kinds."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("backbone", "unit", "half")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LAMINA_CACHE", str(tmp_path_factory.mktemp("cache")))  # one cache for all three
+        return {name: (folder, execute(fed_otherwise(small, name), folder)) for name, folder in folders.items()}
+
+
+@pytest.fixture
+def pixels_seen(monkeypatch):
+    """The ranges of pixels that a tower with prompts sees, one per batch."""
+    seen, embed = [], PromptedModel.look
+
+    def look(self, batch, **more):
+        seen.append((batch.images.min().item(), batch.images.max().item()))
+        return embed(self, batch, **more)
+
+    monkeypatch.setattr(PromptedModel, "look", look)
+    return seen
+
+
+@pytest.mark.parametrize(("name", "low", "high"), [("unit", 0, 1), ("imagenet", -2.2, 2.7)])
+def test_a_run_feeds_pixels_as_it_was_told_in_training_and_in_evaluation(tmp_path, pixels_seen, name, low, high):
+    stream = {"per_class": 1, "test_per_class": 1, "tasks": 1}
+    execute(plan("vpt-deep", "digits", overrides={"stream": stream, "epochs": 1, "normalization": name})[0], tmp_path)
+    assert len(pixels_seen) == 2
+    assert all(low <= least and most <= high for least, most in pixels_seen)
+    assert max(least for least, _ in pixels_seen) < low + 0.3 and min(most for _, most in pixels_seen) > high - 0.7
+
+
+def test_features_that_are_kept_from_run_to_run_belong_to_one_normalisation(fed):
+    states = {name: torch.load(folder / "state.pt", weights_only=True) for name, (folder, _) in fed.items()}
+    learned = {name: state["learned"] for name, state in states.items()}
+    for name, same in (("unit", False), ("half", True)):  # half is what this backbone was trained with
+        assert all(torch.equal(value, learned[name][key]) for key, value in learned["backbone"].items()) == same
+
+
+def test_the_protocol_names_a_normalisation_that_is_not_the_backbones_own(fed):
+    protocol = fed["backbone"][1].protocol
+    assert "normalization" not in protocol
+    for name in ("unit", "half"):
+        assert fed[name][1].protocol == protocol | {"normalization": name}
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "says"),
+    [("unit", "backbone", "'unit'; this run has None"), ("backbone", "unit", "None; this run has 'unit'")],
+)
+def test_a_run_is_resumed_with_the_pixels_it_was_begun_with(fed, small, name, other, says):
+    """A checkpoint from before there was a choice looks like one of a run with the backbone's own."""
+    folder, record = fed[name]
+    assert ("normalization" in torch.load(folder / "state.pt", weights_only=True)["identity"]) == (name == "unit")
+    assert resumable(folder).normalization == name
+    assert execute(resumable(folder), folder, resume=True).matrix == record.matrix
+    with pytest.raises(ResumeError) as error:
+        execute(fed_otherwise(small, other), folder, resume=True)
+    assert str(error.value) == f"{folder / 'state.pt'} was made with normalization = {says}"
+
+
+def test_settings_from_before_there_was_a_choice_mean_the_backbones_own(small, tmp_path):
+    values = {name: value for name, value in small.model_dump().items() if name != "normalization"}
+    write_toml(tmp_path / "settings.toml", {"run": values, "command": ""})
+    assert resumable(tmp_path).normalization == "backbone"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [
+        ("l2p", "unit"),
+        ("dualprompt", "unit"),
+        ("coda-prompt", "unit"),
+        ("cprompt", "imagenet"),
+        ("vpt-nsp2", "backbone"),
+    ],
+)
+def test_recipes_for_cifar100_feed_pixels_as_the_authors_did(recipe, name):
+    assert plan(recipe, "cifar100")[0].normalization == name
+    assert plan(recipe, "cifar100", overrides={"normalization": "half"})[0].normalization == "half"
+
+
+def test_a_method_without_room_for_all_tasks_is_refused_before_there_is_a_run(tmp_path):
+    run, _ = plan(
+        "coda-prompt",
+        "digits",
+        recipe=False,
+        overrides={"components": 39, "epochs": 1, "stream": {"per_class": 2, "test_per_class": 1}},
+    )
+    for _ in range(2):  # the same --out can be given again
+        with pytest.raises(ConfigError) as error:
+            execute(run, tmp_path / "run")
+        assert str(error.value) == (
+            "components of all tasks must be orthogonal to each other, so there is room for 192; got 5 tasks of 39, "
+            "195 in all: set components=38 or fewer"
+        )
+        assert not list(tmp_path.glob("run/*"))
 
 
 def test_a_run_leaves_signals_as_it_found_them(small, tmp_path):

@@ -58,6 +58,8 @@ class Probe:
         to_prompts: (B, H, N, M). Attention weights from the frozen sequence to the prompts.
         key_weight: (D, D). Rows are output channels, in head order; None where keys are normalised after
             their projection, so that a key is not a product with one weight.
+        chosen: (B, k), as the pass says. Where prompts of a pool travel, those that fill the slots on entry to the
+            block that they enter, M rows each, in this order; None without a pool.
     """
 
     layer: int
@@ -65,6 +67,7 @@ class Probe:
     queries: Tensor
     to_prompts: Tensor
     key_weight: Tensor | None
+    chosen: Tensor | None = None
 
 
 Tap = Callable[[Probe], None]
@@ -213,8 +216,8 @@ class Tower(nn.Module):
             inputs: what `embed` takes; (B, 3, height, width) for images.
             prompts: asked before every block what to splice in.
             tap: called with a `Probe` of every block.
-            all_rows: also return the final tokens. Otherwise, where the features read only a few rows
-                and no prompt slots travel along, the last block computes those rows alone.
+            all_rows: also return the final tokens. Otherwise, where the features read only a few rows, the last block
+                computes those rows and prompt slots alone.
             layers: read features after each of so many last blocks, as after the last one; they come side by
                 side, the last block's at the end: F is then `layers` times the tower's.
         """
@@ -226,12 +229,13 @@ class Tower(nn.Module):
         for layer, block in enumerate(self.blocks()):
             splice = (prompts.at(layer, frozen, carried) if prompts is not None else None) or Splice()
             tokens = splice.tokens if splice.tokens is not None else carried
-            last = layer == self.depth - 1 and not all_rows and tokens is None
+            rows = self._rows(frozen, tokens) if layer == self.depth - 1 and not all_rows else None
             x = self._join(frozen, tokens)
-            x = _block(block, x, splice, mask, tap, layer, frozen, rows=self.readout if last else None)
+            chosen = prompts.chosen if prompts is not None else None
+            x = _block(block, x, splice, mask, tap, layer, frozen, chosen, rows)
             frozen, carried = self._split(x, tokens)
             if layer >= self.depth - layers:
-                read.append(self.pool(frozen) if last else self.read(frozen))
+                read.append(self.read(frozen) if rows is None else self.pool(frozen))
         tail = self.final_norm(carried) if carried is not None and self.slots is None else None
         features = torch.cat(read, dim=-1)
         features = features.to(torch.promote_types(features.dtype, torch.float32))
@@ -244,6 +248,15 @@ class Tower(nn.Module):
         if self.slots is None:
             return torch.cat([frozen, tokens], dim=1)
         return torch.cat([frozen[:, : self.slots.start], tokens, frozen[:, self.slots.stop :]], dim=1)
+
+    def _rows(self, frozen: Tensor, tokens: Tensor | None) -> slice | Tensor | None:
+        """Return which rows of the joined sequence matter after the last block; None for all."""
+        if tokens is None or self.readout is None:
+            return self.readout
+        if self.slots is not None:
+            return None
+        places = torch.arange(frozen.shape[1] + tokens.shape[1], device=frozen.device)
+        return torch.cat([places[self.readout], places[frozen.shape[1] :]])
 
     def _split(self, x: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if tokens is None:
@@ -262,7 +275,8 @@ def _block(
     tap: Tap | None,
     layer: int,
     frozen: Tensor,
-    rows: slice | None,
+    chosen: Tensor | None,
+    rows: slice | Tensor | None,
 ) -> Tensor:
     """Run one block with whatever is spliced into it: the only attention in lamina.
 
@@ -290,7 +304,7 @@ def _block(
     else:
         weights = attention_weights(q, k, mask)
         n = frozen.shape[1]
-        tap(Probe(layer, frozen, q[:, :, :n], weights[:, :, :n, n:], block.key_weight))
+        tap(Probe(layer, frozen, q[:, :, :n], weights[:, :, :n, n:], block.key_weight, chosen))
         mixed = (weights if rows is None else weights[:, :, rows]) @ v
     return block.finish(x if rows is None else x[:, rows], mixed)
 

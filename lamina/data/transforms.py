@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,13 @@ from lamina.errors import ConfigError, ShapeError, unknown
 
 Steps = Callable[[Tensor], Tensor]
 Builder = Callable[["InputSpec", tuple[float, float]], Steps]
+
+#: name -> mean and deviation per channel, of pixels in [0, 1]
+_NORMALIZATIONS: Mapping[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
+    "unit": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
 
 _INTERPOLATIONS = {"nearest", "bilinear", "bicubic"}
 
@@ -65,6 +72,22 @@ class InputSpec:
         """The interpolation, as torchvision calls it."""
         return InterpolationMode(self.interpolation)
 
+    def fed(self, normalization: str) -> InputSpec:
+        """Return the same with the mean and deviation that go by a name; "backbone" leaves them as they are.
+
+        >>> InputSpec(8, (0.5,) * 3, (0.2,) * 3).fed("unit")
+        InputSpec(size=8, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), interpolation='bicubic', crop_pct=1.0)
+
+        Raises:
+            ConfigError: when nobody knows the name.
+        """
+        if normalization == "backbone":
+            return self
+        if normalization not in _NORMALIZATIONS:
+            raise ConfigError(unknown("normalization", normalization, ["backbone", *_NORMALIZATIONS]))
+        mean, std = _NORMALIZATIONS[normalization]
+        return replace(self, mean=mean, std=std)
+
 
 @dataclass(frozen=True)
 class Transform:
@@ -98,7 +121,7 @@ class Transform:
         return self.steps(image)
 
     def normalised(self, batch: Tensor) -> Tensor:
-        """Turn pixels (b, 3, size, size), uint8, into float32 with the backbone's mean and deviation."""
+        """Turn pixels (b, 3, size, size), uint8, into float32 with the mean and deviation of `spec`."""
         scaled = batch.float().div_(255)
         return functional.normalize(scaled, list(self.spec.mean), list(self.spec.std), inplace=True)
 

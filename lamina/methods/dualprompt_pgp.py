@@ -11,9 +11,13 @@ are directions of a head's queries, from any number of images that choose as the
 step that Adam made is projected, not the gradient. The share is theirs, but theirs is of fourth powers of
 another spectrum, so that the same number need not hold back as much.
 
+`space="sample"` finds them among D images of the task, as that code does, from queries of all heads together.
+It draws images at random, with their augmentation; here they are spread over the task and are not augmented, and
+choose as they do in evaluation. Nor do images get rows of each other's kind by their place in a batch, as there.
+
 Shared parts, in reading order:
     prompts              lamina.prompts.prefix.ExpertPrefixes
-    projected steps      lamina.protections.subspace.Subspace
+    projected steps      lamina.protections.subspace.Subspace or lamina.protections.samples.SampleSubspace
     classifier           lamina.heads.linear.LinearHead; others by name: lamina.heads.choose.head_of
     plan of training     lamina.methods.dualprompt.DualPrompt
 
@@ -24,15 +28,18 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from lamina.backbones.tower import Tower
 from lamina.learner import Learner
 from lamina.methods.dualprompt import DualPrompt
 from lamina.prompts.prefix import ExpertPrefixes
+from lamina.protections.samples import SampleSubspace, Space
 from lamina.protections.subspace import Apply, Subspace, keys_alone
 
 
@@ -45,6 +52,21 @@ class DualPromptPGP(DualPrompt):
     apply: Apply = Field(
         "step", description="what is projected: the step that Adam made; or the gradient, as the released code does"
     )
+    space: Space = Field(
+        "feature",
+        description="where directions are found: among features; or, as the released code does, among as many images "
+        "of a task as there are channels, in one process",
+    )
+    parity: Literal["paper", "official"] = Field(
+        "paper",
+        description="official has 5 rows for an expert, lets the images of a batch vote, also in evaluation, finds "
+        "directions among images and projects gradients, as the released code does",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _official_is_the_released_code(cls, values: Any) -> Any:
+        return {"space": "sample", "apply": "gradient", **values} if values.get("parity") == "official" else values
 
     def build(self, tower: Tower) -> Learner:
         """Put the method together for one frozen image tower.
@@ -63,13 +85,15 @@ class DualPromptPGP(DualPrompt):
                 prompts.experts[-1]: keys_alone([maps[i] for i in expert]),  # another one in each task
             }
 
+        of_queries: Callable[..., Subspace] = partial(Subspace, heads=tower.blocks()[0].heads)
+        if self.space == "sample":
+            of_queries = partial(SampleSubspace, components=50)
         learner.protections = [
-            Subspace(
+            of_queries(
                 sorted({*general, *expert}),
                 hold,
                 features="heads",
                 width=tower.width,
-                heads=tower.blocks()[0].heads,
                 share=self.prompt_share,
                 apply=self.apply,
             )

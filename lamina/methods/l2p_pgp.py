@@ -10,9 +10,15 @@ images, and fits because the width is 768, too. Here they are directions of feat
 and the step that Adam made is projected, not the gradient. The shares are theirs, but theirs are of fourth
 powers of another spectrum, so that the same number need not hold back as much.
 
+`space="sample"` finds them among images as that code does: patches of D images of the task, from the second task on
+with the pool as it was before it, and the queries of the same images. It draws images at random, with their
+augmentation; here they are spread over the task and are not augmented. It also sees patches before they get their
+positions, which is the same once the mean is gone, but not on a backbone that normalises before block 0.
+
 Shared parts, in reading order:
     prompts              lamina.prompts.pool.PromptPool
-    projected steps      lamina.protections.subspace.Subspace, one of prompts and one of keys
+    projected steps      lamina.protections.subspace.Subspace, one of prompts and one of keys; or, each,
+                         lamina.protections.samples.SampleSubspace
     classifier           lamina.heads.linear.LinearHead; others by name: lamina.heads.choose.head_of
     plan of training     lamina.methods.l2p.L2P
 
@@ -23,12 +29,18 @@ References:
 
 from __future__ import annotations
 
-from pydantic import Field
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
 
 from lamina.backbones.tower import Tower
+from lamina.errors import ConfigError
 from lamina.learner import Learner
 from lamina.methods.l2p import L2P
 from lamina.prompts.pool import PromptPool
+from lamina.protections.samples import SampleSubspace, Space
 from lamina.protections.subspace import Apply, Subspace
 
 
@@ -44,28 +56,56 @@ class L2PPGP(L2P):
     apply: Apply = Field(
         "step", description="what is projected: the step that Adam made; or the gradient, as the released code does"
     )
+    space: Space = Field(
+        "feature",
+        description="where directions are found: among features; or, as the released code does, among as many images "
+        "of a task as there are channels, in one process",
+    )
+    parity: Literal["paper", "official"] = Field(
+        "paper",
+        description="official lets the images of a batch vote, also in evaluation, finds directions among images and "
+        "projects gradients, as the released code does",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _official_is_the_released_code(cls, values: Any) -> Any:
+        return {"space": "sample", "apply": "gradient", **values} if values.get("parity") == "official" else values
 
     def build(self, tower: Tower) -> Learner:
         """Put the method together for one frozen image tower.
 
         Raises:
-            ConfigError: when prompts are to get the position of a class token that the tower has not.
+            ConfigError: when prompts are to get the position of a class token that the tower has not, or to enter a
+                block that it has not; when images are to stand for channels and for features of another number.
         """
         learner = super().build(tower)
         pool = learner.model.prompts
         assert isinstance(pool, PromptPool)
-        prompts = Subspace(
-            [0],
-            lambda maps: {pool.values: maps[0]},
+        entry = pool.entry
+        of_prompts: Callable[..., Subspace] = partial(
+            Subspace, own=lambda: {entry: pool.values if pool.position is None else pool.values + pool.position}
+        )
+        of_keys: Callable[..., Subspace] = Subspace
+        if self.space == "sample":
+            if tower.features != tower.width:
+                raise ConfigError(
+                    'space="sample" needs as many features as channels, since images stand for both; this backbone '
+                    f'has {tower.features} and {tower.width}: take space="feature"'
+                )
+            of_prompts = partial(SampleSubspace, components=9, pool=lambda: pool.values)
+            of_keys = partial(SampleSubspace, components=5)
+        prompts = of_prompts(
+            [entry],
+            lambda maps: {pool.values: maps[entry]},
             features="tokens",
             width=tower.width,
             share=self.prompt_share,
             apply=self.apply,
-            own=lambda: {0: pool.values if pool.position is None else pool.values + pool.position},
         )
-        keys = Subspace(
-            [0],  # where the prompts enter that they choose
-            lambda maps: {pool.keys: maps[0]},
+        keys = of_keys(
+            [entry],  # where the prompts enter that they choose
+            lambda maps: {pool.keys: maps[entry]},
             features="frozen",
             width=tower.features,
             share=self.key_share,

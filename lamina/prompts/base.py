@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from lamina.backbones.tower import PromptPass, Splice
+from lamina.data.stream import Task
 
 
 class PromptModule(nn.Module):
@@ -35,6 +36,13 @@ class PromptModule(nn.Module):
     def pool_size(self) -> int:
         """How many prompts there are to choose from: `PromptPass.chosen` numbers them from 0; 0 without a pool."""
         return 0
+
+    def check(self, tasks: Sequence[Task]) -> None:
+        """Make sure that there is room for all tasks of a run; called before the first is learned.
+
+        Raises:
+            ConfigError: when there is not.
+        """
 
     def begin_task(self, index: int, columns: Sequence[int] = ()) -> None:
         """Grow or freeze what task `index` (from 0) of classes `columns` needs, before the optimizer is made."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lamina.backbones.tower import PromptPass, Splice
+from lamina.data.stream import Task
 from lamina.errors import ConfigError
 from lamina.prompts.base import PromptModule, Scripted
 
@@ -52,14 +53,32 @@ class ComponentPrefixes(PromptModule):
         self.keys = nn.ParameterList()  # per task (blocks, components, F)
         self.attentions = nn.ParameterList()  # per task (blocks, components, F)
 
+    @property
+    def room(self) -> int:
+        """How many components there can be in all: rows, of prefixes or of keys, that are orthogonal to each other."""
+        return min(self.features, torch.Size(self.shape).numel())
+
+    def check(self, tasks: Sequence[Task]) -> None:
+        """Refuse more tasks than all of `components` have room for.
+
+        Raises:
+            ConfigError: when there are more.
+        """
+        most = self.room // len(tasks)
+        if self.components > most:
+            way_out = f"set components={most} or fewer" if most else f"take at most {self.room} tasks"
+            raise ConfigError(
+                f"components of all tasks must be orthogonal to each other, so there is room for {self.room}; got "
+                f"{len(tasks)} tasks of {self.components}, {len(tasks) * self.components} in all: {way_out}"
+            )
+
     def begin_task(self, index: int, columns: Sequence[int] = ()) -> None:
         """Freeze what there is and add components; where room for so many directions is not left, as many as there is.
 
         Raises:
             ConfigError: when there is none left.
         """
-        there = sum(part.shape[1] for part in self.keys)
-        room = min(self.features, self.shape[0] * self.shape[1] * self.shape[2])
+        there, room = sum(part.shape[1] for part in self.keys), self.room
         count = min(self.components, room - there)
         if count < 1:
             raise ConfigError(

@@ -102,11 +102,11 @@ class PromptPool(PromptModule):
 
     def choose(self, cosines: Tensor) -> Tensor:
         """Return which prompts are taken (B, k), best first, from the cosines of queries and keys (B, size)."""
-        own = _highest(cosines, self.top)
+        own = highest(cosines, self.top)
         if self.selection == "image":
             return own
         votes = torch.bincount(own.flatten(), minlength=self.size)
-        return _highest(votes, self.top).expand(len(own), -1)
+        return highest(votes, self.top).expand(len(own), -1)
 
 
 def check_choice(size: int, top: int, length: int, readout: Readout) -> None:
@@ -152,9 +152,13 @@ def class_position(tower: Tower) -> Tensor:
     return position
 
 
-def _highest(values: Tensor, count: int) -> Tensor:
+def highest(values: Tensor, count: int) -> Tensor:
     """Return the places of the `count` highest along the last axis, highest first; of equals, the earlier one.
 
     `torch.topk` leaves open which of equals it takes.
+
+    >>> highest(torch.tensor([[0.1, 0.5, 0.5], [0.2, 0.0, 0.3]]), 2)
+    tensor([[1, 2],
+            [2, 0]])
     """
     return values.argsort(dim=-1, descending=True, stable=True)[..., :count]

@@ -4,14 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lamina.data.stream import Task
 from lamina.lookback import Reduce, Watcher
 from lamina.model import Batch, PromptedModel
 from lamina.prompts.base import PromptModule
+
+
+class TokenPrompts(Protocol):
+    """Prompts made of learned tokens that enter blocks; all that a protection of those tokens asks of them.
+
+    Those that enter after a block's first norm also say `normed`; those that get a place in the sequence, `position`.
+    """
+
+    @property
+    def layers(self) -> Sequence[int]: ...
+    @property
+    def pool_size(self) -> int: ...
+    def value(self, layer: int) -> nn.Parameter: ...
+
+
+def rows_of(prompts: TokenPrompts, layer: int) -> Tensor:
+    """Return all prompt tokens of a block as they enter it, (R, D); of a pool, every prompt's, one after another."""
+    rows, position = prompts.value(layer).flatten(0, -2), getattr(prompts, "position", None)
+    return rows if position is None else rows + position
 
 
 class Room(NamedTuple):
@@ -54,10 +74,20 @@ class Protection(Watcher):
     finished task once more (see `Watcher`). Each does nothing unless overridden.
 
     Attributes:
-        measures: whether `measure` wants to be called.
+        measures: how many images `measure` wants; 0 where it does not want to be called.
     """
 
-    measures = False
+    measures: int = 0
+
+    def check(self, tasks: Sequence[Task]) -> None:
+        """Make sure that it can take tasks which are to come, with their images; called before one is learned.
+
+        Args:
+            tasks: all tasks of a run, or the one that a lesson brings.
+
+        Raises:
+            ConfigError: when it cannot.
+        """
 
     def terms(self, model: PromptedModel) -> dict[str, Tensor]:
         """Return weighted loss terms for this step, by name."""
@@ -68,7 +98,12 @@ class Protection(Watcher):
         return nullcontext()
 
     def measure(self, model: PromptedModel, batches: Sequence[Batch], reduce: Reduce) -> None:
-        """Try things out on a few images of the finished task; called after the look back."""
+        """Try things out on a few images of the finished task; called after the look back.
+
+        Args:
+            batches: this process's share of `measures` images, spread over the task, in their order and without
+                augmentation; of all images where the task has fewer.
+        """
 
     def room(self) -> list[Room]:
         """Return how much freedom is left for new tasks; empty where nothing is constrained."""

@@ -42,7 +42,7 @@ class BoundedNullSpace(NullSpace):
         drift: of the cut that was chosen, as measured; 0 while there is none.
     """
 
-    measures = True
+    measures = 100
 
     def __init__(self, tower: Tower, prompts: DeepPrompts, *, max_drift: float) -> None:
         blend = Blend(normalize=False)

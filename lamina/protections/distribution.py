@@ -10,8 +10,7 @@ from torch.nn import functional as F
 
 from lamina.lookback import Reduce
 from lamina.model import PromptedModel
-from lamina.prompts.deep import DeepPrompts
-from lamina.protections.base import Protection
+from lamina.protections.base import Protection, TokenPrompts, rows_of
 
 
 class TokenMoments(Protection):
@@ -22,14 +21,14 @@ class TokenMoments(Protection):
     the absolute gap, averaged over tokens and summed over blocks.
 
     Args:
-        prompts: the prompts to hold.
+        prompts: the prompts to hold; of a pool, all tokens, whichever images took.
         weight: of the loss term `moments`.
 
     References:
         Lu et al., Visual Prompt Tuning in Null Space for Continual Learning, NeurIPS 2024, section 4.2.
     """
 
-    def __init__(self, prompts: DeepPrompts, *, weight: float = 1.0) -> None:
+    def __init__(self, prompts: TokenPrompts, *, weight: float = 1.0) -> None:
         self.prompts, self.weight = prompts, weight
         self.last: dict[int, Tensor] = {}
 
@@ -37,14 +36,14 @@ class TokenMoments(Protection):
         if not self.last or not self.weight:
             return {}
         gaps = [
-            F.l1_loss(_moments(self.prompts.value(i)), last, reduction="sum") / last.shape[1]
+            F.l1_loss(_moments(rows_of(self.prompts, i)), last, reduction="sum") / last.shape[1]
             for i, last in self.last.items()
         ]
         return {"moments": self.weight * torch.stack(gaps).sum()}
 
     @torch.no_grad()
     def end_look(self, reduce: Reduce) -> None:
-        self.last = {i: _moments(self.prompts.value(i)).clone() for i in self.prompts.layers}
+        self.last = {i: _moments(rows_of(self.prompts, i)).clone() for i in self.prompts.layers}
 
     def state_dict(self) -> dict[str, Any]:
         return {"last": self.last}
@@ -54,5 +53,5 @@ class TokenMoments(Protection):
 
 
 def _moments(prompt: Tensor) -> Tensor:
-    """Mean and deviation over channels of each token of a prompt (M, D): (2, M)."""
+    """Mean and deviation over channels of each token (R, D): (2, R)."""
     return torch.stack([prompt.mean(-1), prompt.std(-1, unbiased=False)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,7 @@ from lamina.backbones.tower import Probe, Tower
 from lamina.errors import ConfigError, ShapeError, UnsupportedBackbone
 from lamina.lookback import Reduce
 from lamina.prompts.base import PromptModule
-from lamina.prompts.deep import DeepPrompts
-from lamina.protections.base import Felt, Protection, Room
+from lamina.protections.base import Felt, Protection, Room, TokenPrompts, rows_of
 from lamina.protections.projection import Projection, projected_steps
 from lamina.protections.projector import Blend, Spectrum
 from lamina.protections.spectrum import Cut
@@ -31,9 +30,10 @@ class NullSpace(Protection):
 
     - `queries` (H, d, d), the Gram of each head's queries. With the frozen key weights it expands to
       the second moment (D, D) of the rows of `Q Wk`, which gives the projection on the right;
-    - `attention` (M, M), the second moment of the rows of S: gives the projection on the left.
+    - `attention` (R, R), the second moment of the rows of S: gives the projection on the left.
 
-    `rows` counts them: images x heads x tokens.
+    `rows` counts them: images x heads x tokens. R are all prompt tokens of the block, M unless they are a pool's;
+    to prompts of a pool that an image did not take, its attention is 0.
 
     Prompts that enter before a layer norm are divided by their deviation s and multiplied by its weight a, so
     the conditions are really `Q Wk diag(a) dPᵀ = 0` and `S diag(1 / s) dP = 0`. The published method leaves both
@@ -43,7 +43,7 @@ class NullSpace(Protection):
 
     Args:
         tower: whose key weights expand the Grams.
-        prompts: the prompts to protect.
+        prompts: the prompts to protect. Of those that travel, the conditions hold at the block that they enter.
         cut: which directions are free; None frees none.
         channels: how steps are projected on the right; None lets all channels through.
         tokens: how steps are projected on the left; None lets all tokens through.
@@ -67,7 +67,7 @@ class NullSpace(Protection):
     def __init__(
         self,
         tower: Tower,
-        prompts: DeepPrompts,
+        prompts: TokenPrompts,
         *,
         cut: Cut | None,
         channels: Blend | None,
@@ -77,7 +77,8 @@ class NullSpace(Protection):
         batch_means: bool = False,
         right_alone: bool = False,
     ) -> None:
-        if prompts.normed and (ln_correction != "none" or center):
+        self.normed = getattr(prompts, "normed", False)
+        if self.normed and (ln_correction != "none" or center):
             raise ConfigError(
                 "ln_correction and center are for prompts that a norm changes; these enter after it, so leave both out"
             )
@@ -158,10 +159,11 @@ class NullSpace(Protection):
         ]
 
     def felt(self, before: PromptModule, images: Mapping[str, Any]) -> list[Felt]:
-        assert isinstance(before, DeepPrompts)  # what this protection was built for
+        if self.prompts.pool_size:
+            return []  # no sum says what a move does to the choice, nor to prompts that travel and are read themselves
         out, rows = [], max(images["rows"], 1)
         for i in images["queries"]:
-            old, new = (_as_attended(prompts, i) for prompts in (before, self.prompts))
+            old, new = (self._as_attended(prompts, i) for prompts in (cast(TokenPrompts, before), self.prompts))
             queries, attention = images["queries"][i], images["attention"][i].double() / rows
             channels = self.channels(i, queries) / (rows * queries.shape[-1])  # of a logit, squared
             looked = attention.diagonal() * new.square().sum(-1)  # how much an image reads of each token
@@ -196,16 +198,30 @@ class NullSpace(Protection):
     def see(self, probe: Probe) -> None:
         if probe.layer not in self.prompts.layers:
             return
-        s = probe.to_prompts.flatten(0, 2)  # (B * H * N, M)
-        s = s.to(torch.promote_types(s.dtype, torch.float32))
-        sums = _grams(probe.queries), (s.mT @ s).double()
+        count = probe.to_prompts.shape[:3].numel()  # B * H * N
+        sums = _grams(probe.queries), self._looked(probe)
         if self.batch_means:
-            sums = sums[0] / len(s), sums[1] / len(s)
+            sums = sums[0] / count, sums[1] / count
         if probe.layer == self.prompts.layers[0]:
-            self._seen += 1 if self.batch_means else len(s)
+            self._seen += 1 if self.batch_means else count
         if probe.layer in self._draft:
             sums = self._draft[probe.layer][0] + sums[0], self._draft[probe.layer][1] + sums[1]
         self._draft[probe.layer] = sums
+
+    def _looked(self, probe: Probe) -> Tensor:
+        """Return the second moment (R, R), float64, of the attention of a batch to all prompt tokens of a block."""
+        s = probe.to_prompts.to(torch.promote_types(probe.to_prompts.dtype, torch.float32))
+        if not self.prompts.pool_size:
+            s = s.flatten(0, 2)  # (B * H * N, M)
+            return (s.mT @ s).double()
+        assert probe.chosen is not None  # a pass with a pool says so
+        # An image's attention to all of a pool is its attention to the slots, and zeros; so are the products of its
+        # columns. Their sums are small, the columns themselves are not.
+        s = s.flatten(1, 2)  # (B, H * N, k * M)
+        length, size = self.prompts.value(probe.layer).shape[-2], len(rows_of(self.prompts, probe.layer))
+        rows = (probe.chosen[..., None] * length + torch.arange(length, device=s.device)).flatten(1)  # (B, k * M)
+        moment = torch.zeros(size, size, dtype=torch.float64, device=s.device)
+        return moment.index_put_((rows[:, :, None], rows[:, None]), (s.mT @ s).double(), accumulate=True)
 
     def end_look(self, reduce: Reduce) -> None:
         for i, (queries, attention) in self._draft.items():
@@ -219,7 +235,12 @@ class NullSpace(Protection):
     def _linearise(self) -> None:
         """Remember the deviations of the prompts as they are now, where they are asked for."""
         if self.affine:
-            self.deviations = {i: _deviations(self.prompts.value(i), _norm(self.tower, i).eps) for i in self.queries}
+            self.deviations = {i: _deviations(rows_of(self.prompts, i), _norm(self.tower, i).eps) for i in self.queries}
+
+    def _as_attended(self, prompts: TokenPrompts, layer: int) -> Tensor:
+        """Return prompts (R, D) in float64; those that a norm awaits with mean 0 and deviation 1 a token."""
+        rows = rows_of(prompts, layer).detach().double()
+        return rows if self.normed else F.layer_norm(rows, rows.shape[-1:])
 
     def state_dict(self) -> dict[str, Any]:
         state = {"queries": dict(self.queries), "attention": dict(self.attention), "rows": self.rows}
@@ -227,7 +248,7 @@ class NullSpace(Protection):
         return state | {"deviations": dict(self.deviations)} if self.affine else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        prompt = self.prompts.value(self.prompts.layers[0])
+        prompt = rows_of(self.prompts, self.prompts.layers[0])
         head = self.tower.width // self.tower.blocks()[0].heads
         shapes = {
             "queries": (self.tower.blocks()[0].heads, head, head),
@@ -260,18 +281,12 @@ def _norm(tower: Tower, layer: int) -> nn.LayerNorm:
 
 
 def _deviations(prompt: Tensor, eps: float) -> Tensor:
-    """Return what a layer norm divides each token of a prompt (M, D) by: (M,), float64."""
+    """Return what a layer norm divides each prompt token (R, D) by: (R,), float64."""
     return (prompt.detach().double().var(-1, unbiased=False) + eps).sqrt()
 
 
 def _symmetric(sums: Tensor) -> Tensor:
     return (sums + sums.mT) / 2
-
-
-def _as_attended(prompts: DeepPrompts, layer: int) -> Tensor:
-    """Return a block's prompts (M, D) in float64; those that a norm awaits with mean 0 and deviation 1 a token."""
-    prompt = prompts.value(layer).detach().double()
-    return prompt if prompts.normed else F.layer_norm(prompt, prompt.shape[-1:])
 
 
 def _grams(queries: Tensor) -> Tensor:

@@ -36,9 +36,6 @@ from lamina.training.progress import Progress
 from lamina.training.stopwatch import Stopwatch
 from lamina.training.usage import Usage
 
-#: images of a finished task that protections may measure on
-_FEW = 100
-
 #: of the stretches of work whose seconds are kept apart
 STRETCHES = ("train", "look_back", "evaluate")
 
@@ -94,13 +91,8 @@ class Trainer:
         meter: DriftMeter | None = None,
         online: bool = False,
     ) -> None:
-        self.learner, self.feed, self.seed, self.run_dir, self.every = (
-            learner,
-            feed,
-            seed,
-            run_dir,
-            checkpoint_every,
-        )
+        self.learner, self.feed, self.seed = learner, feed, seed
+        self.run_dir, self.every = run_dir, checkpoint_every
         self.fabric = fabric or Fabric(accelerator="cpu", devices=1)
         self.identity = {"seed": seed, **(identity or {})}
         self.progress = progress or Progress()
@@ -124,11 +116,13 @@ class Trainer:
         """Learn and evaluate task after task, from where this run stands.
 
         Raises:
+            ConfigError: when prompts or protections cannot take all tasks; nothing was learned.
             Stopped: when `should_stop` says so; the state is saved.
             TrainingError: when the loss is not finite.
             StorageError: when a checkpoint cannot be written.
         """
-        stages = [stream.merged()] if self.learner.at_once else list(stream)
+        self.check(stream)
+        stages = self._stages(stream)
         self._begin(stages[: self.position.task])
         for task in stages[self.position.task :]:
             self.learn(task, tasks=len(stages))
@@ -140,6 +134,17 @@ class Trainer:
             self._save()
             if task is not stages[-1] and self._any(self.should_stop()):
                 raise Stopped
+
+    def check(self, stream: Stream) -> None:
+        """Make sure that prompts and protections can take all tasks of a stream; raise ConfigError if not."""
+        stages, prompts = self._stages(stream), self.learner.model.prompts
+        if prompts is not None:
+            prompts.check(stages)
+        for protection in self.learner.protections:
+            protection.check(stages)
+
+    def _stages(self, stream: Stream) -> list[Task]:
+        return [stream.merged()] if self.learner.at_once else list(stream)
 
     def learn(self, task: Task, *, tasks: int = 1) -> None:
         """Learn one task: run its phases, look back on it, and refine what was learned.
@@ -306,10 +311,10 @@ class Trainer:
             for watcher in watchers:
                 watcher.end_look(summed(self.fabric))
             measuring = [protection for protection in self.learner.protections if protection.measures]
-            if measuring:
-                few = list(self.feed.plain(task.train.some(_FEW)))
-                for protection in measuring:
-                    protection.measure(model, few, summed(self.fabric))
+            wanted = {protection.measures for protection in measuring}
+            few = {count: list(self.feed.plain(task.train.some(count))) for count in wanted}
+            for protection in measuring:
+                protection.measure(model, few[protection.measures], summed(self.fabric))
 
     @contextmanager
     def _stretch(self, name: str, task: int, tasks: int, images: int) -> Iterator[Stopwatch]:
@@ -353,8 +358,7 @@ class Trainer:
         self.position = Position(*state["position"])
         self.matrix, self.matrix_task_aware = state["matrix"], state["matrix_task_aware"]
         self.seconds, self.usage = state["seconds"], state.get("usage", [])
-        stages = [stream.merged()] if self.learner.at_once else list(stream)
-        self._recall(stages[: state["begun"]], state["learned"], state["memory"])
+        self._recall(self._stages(stream)[: state["begun"]], state["learned"], state["memory"])
         self._optimizer_state = state["optimizer"]
         if self.meter is not None:
             self.meter.resume(state.get("meter"), self.position.task)

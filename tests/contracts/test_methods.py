@@ -111,13 +111,13 @@ def test_two_tasks_run_and_every_met_task_is_scored(name):
 
 @every_method
 def test_one_task_is_learned_better_than_by_chance(name):
-    """On pictures that differ as much as these, a method that learns nothing would get a third right."""
+    """A method that learns nothing would get a third of 66 pictures right, and half of them once in 300 times."""
     kind = method_class(name)
     more = {"epochs": 12, "temperature": 1.0}
     values = cheap(name).model_dump() | {k: v for k, v in more.items() if k in kind.model_fields}
     trainer = trainer_of(kind(**values), tower())
-    trainer.run(blobs(tasks=1, per_task=PER_TASK))
-    assert trainer.matrix[0][0] >= 8 / 11
+    trainer.run(blobs(tasks=1, per_task=PER_TASK, test=66))
+    assert trainer.matrix[0][0] >= 1 / 2
 
 
 # ── resume ───────────────────────────────────────────────────────────────────────────────────────────

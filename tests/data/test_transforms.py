@@ -55,6 +55,29 @@ def test_normalisation_is_by_channel():
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "black", "white"),
+    [
+        ("unit", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+        ("half", (-1.0, -1.0, -1.0), (1.0, 1.0, 1.0)),
+        ("imagenet", (-2.1179, -2.0357, -1.8044), (2.2489, 2.4286, 2.6400)),
+        ("backbone", (-2.5, -1.6, -1.0), (2.5, 2.4, 2.3333)),
+    ],
+)
+def test_pixels_are_fed_with_the_mean_and_deviation_of_a_name(name, black, white):
+    pixels = torch.zeros(2, 3, 10, 10, dtype=torch.uint8)
+    pixels[1] = 255
+    out = transform("flip", SPEC.fed(name)).normalised(pixels)
+    for image, values in zip(out, (black, white), strict=True):
+        torch.testing.assert_close(image, torch.tensor(values).view(3, 1, 1).expand(3, 10, 10), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["unit", "half", "imagenet", "backbone"])
+def test_another_normalisation_leaves_size_crop_and_interpolation(name):
+    spec = InputSpec(11, MEAN, STD, "nearest", 0.7).fed(name)
+    assert (spec.size, spec.interpolation, spec.crop_pct) == (11, "nearest", 0.7)
+
+
 @pytest.mark.parametrize("name", names())
 @pytest.mark.parametrize("height, width", [(23, 31), (10, 10), (5, 7)])
 def test_every_transform_gives_uint8_of_the_right_size_and_leaves_its_input_alone(name, height, width):
@@ -178,6 +201,11 @@ def test_pad_crop_flip_moves_the_image_by_at_most_an_eighth():
             lambda: InputSpec(8, MEAN, (0.0, 1.0, 1.0)),
             ConfigError,
             "InputSpec.mean and std have three numbers, std above 0; got (0.5, 0.4, 0.3) and (0.0, 1.0, 1.0)",
+        ),
+        (
+            lambda: SPEC.fed("units"),
+            ConfigError,
+            "no normalization is called 'units'; did you mean 'unit'? Known: backbone, half, imagenet, unit",
         ),
         (
             lambda: transform("flip", SPEC)(torch.zeros(2, 3, 5, 7, dtype=torch.uint8)),

@@ -15,8 +15,8 @@ from tests.streams import blobs, trainer_of
 SMALL = {"length": 4, "components": 5, "epochs": 2, "batch_size": 8, "lr": 0.02}
 
 
-def made(tower, **settings):
-    return trainer_of(CODAPrompt(**SMALL | settings), tower)
+def made(tower, run_dir=None, **settings):
+    return trainer_of(CODAPrompt(**SMALL | settings), tower, run_dir=run_dir)
 
 
 # ── promises ─────────────────────────────────────────────────────────────────────────────────────────
@@ -84,6 +84,15 @@ def test_a_task_that_finds_no_room_is_refused_and_the_model_stays_as_it_was(tiny
     after = kept(trainer)
     assert before.keys() == after.keys() and all(torch.equal(value, after[name]) for name, value in before.items())
     assert torch.equal(logits(trainer, images), said)
+
+
+def test_a_run_of_more_tasks_than_there_is_room_for_is_refused_before_any_training(tiny_vit, tmp_path):
+    """Two tasks of 12 fill the 24 features; without the check, the third would find none left."""
+    made(tiny_vit, components=12, epochs=1).run(blobs(tasks=2, per_task=3))
+    trainer = made(tiny_vit, run_dir=tmp_path / "run", components=12, epochs=1)
+    with pytest.raises(ConfigError, match=r"^components .* got 3 tasks of 12, 36 in all: set components=8 or fewer$"):
+        trainer.run(blobs(tasks=3, per_task=3))
+    assert not kept(trainer) and not list(tmp_path.glob("run/*"))
 
 
 def test_a_model_that_was_kept_learns_further_tasks_as_if_it_had_never_been_away(tiny_vit):

@@ -238,7 +238,14 @@ def test_a_lesson_learned_on_a_file_is_the_lesson_learned_in_memory(name, monkey
 # ── settings ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(("name", "own"), [("l2p-pgp", {"key_share": 0.97}), ("dualprompt-pgp", {}), ("vpt-pgp", {})])
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("l2p-pgp", {"key_share": 0.97, "space": "feature"}),
+        ("dualprompt-pgp", {"space": "feature"}),
+        ("vpt-pgp", {}),
+    ],
+)
 def test_defaults_are_the_shares_of_the_released_code_and_beside_them_those_of_the_method_it_stands_on(name, own):
     kind, plain = KINDS[name]
     assert kind().model_dump() == {**plain().model_dump(), "prompt_share": 0.5, "apply": "step", **own}
@@ -257,6 +264,7 @@ def test_settings_reach_the_protections(name, tiny_vit):
         (L2PPGP, {"prompt_share": 1.5}, "L2PPGP.prompt_share must be between 0 and 1; got 1.5"),
         (L2PPGP, {"key_share": -0.1}, "L2PPGP.key_share must be between 0 and 1; got -0.1"),
         (DualPromptPGP, {"prompt_share": 2.0}, "DualPromptPGP.prompt_share must be between 0 and 1; got 2.0"),
+        (L2PPGP, {"space": "token"}, "L2PPGP.space must be 'feature' or 'sample'; got 'token'"),
         (VPTPGP, {"apply": "update"}, "VPTPGP.apply must be 'step' or 'gradient'; got 'update'"),
     ],
 )
@@ -271,3 +279,13 @@ def test_a_pool_without_position_is_held_against_its_prompts_as_they_are():
     vit, pool = trainer.learner.model.tower.model, trainer.learner.model.prompts
     tokens = vit._pos_embed(vit.patch_embed(images_of(trainer)))
     close(trainer.learner.protections[0].moments[0][0], gram(tokens) + gram(pool.values))
+
+
+def test_a_pool_that_enters_later_is_held_against_what_enters_there():
+    trainer = trainer_after("l2p-pgp", 1, entry=2, position="none")
+    vit, pool = trainer.learner.model.tower.model, trainer.learner.model.prompts
+    tokens = vit.blocks[1](vit.blocks[0](vit._pos_embed(vit.patch_embed(images_of(trainer)))))
+    prompts, keys = trainer.learner.protections
+    close(prompts.moments[2][0], gram(tokens) + gram(pool.values))
+    assert [prompts.moments.keys(), keys.moments.keys()] == [{2}, {2}]
+    assert prompts.projections().keys() == {pool.values} and keys.projections().keys() == {pool.keys}

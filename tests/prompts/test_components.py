@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from lamina.data.stream import Task
 from lamina.errors import ConfigError
 from lamina.prompts.base import Scripted
 from lamina.prompts.components import ComponentPrefixes, far_from_orthonormal, orthogonal_rows
@@ -100,6 +101,36 @@ def test_the_last_task_that_finds_room_takes_what_is_left_and_the_next_is_refuse
     )
     assert [len(parts) for parts in kinds(prompts).values()] == [3, 3, 3]  # nothing has changed
     assert all(parts[2].requires_grad for parts in kinds(prompts).values())
+
+
+def tasks_of(count):
+    return [Task(index, ["x", "y"], [2 * index, 2 * index + 1], None, None) for index in range(count)]
+
+
+@pytest.mark.parametrize(("width", "features", "room", "tasks"), [(6, 13, 13, 5), (2, 50, 16, 6)])
+def test_more_tasks_than_there_is_room_for_are_refused_before_the_first(width, features, room, tasks):
+    """Rows are of 13 numbers, or of 16: keys in the first case, prefixes in the second."""
+    prompts = made(tasks=0, width=width, features=features)
+    prompts.check(tasks_of(tasks - 1))
+    with pytest.raises(ConfigError) as error:
+        prompts.check(tasks_of(tasks))
+    assert str(error.value) == (
+        f"components of all tasks must be orthogonal to each other, so there is room for {room}; got {tasks} tasks of "
+        f"3, {3 * tasks} in all: set components=2 or fewer"
+    )
+    assert not list(prompts.parameters())
+
+
+def test_components_that_fill_the_room_to_the_last_are_taken():
+    made(tasks=0, components=4).check(tasks_of(4))
+    with pytest.raises(ConfigError, match=r"20 in all: set components=3 or fewer$"):
+        made(tasks=0, components=4).check(tasks_of(5))
+
+
+def test_more_tasks_than_rows_are_refused_with_the_number_of_tasks_that_can_be():
+    made(tasks=0, components=1).check(tasks_of(16))
+    with pytest.raises(ConfigError, match=r"got 17 tasks of 1, 17 in all: take at most 16 tasks$"):
+        made(tasks=0, components=1).check(tasks_of(17))
 
 
 def test_growing_takes_no_memory_where_shapes_alone_are_asked_for():

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lamina.backbones.tower import Probe
 from lamina.errors import ConfigError, ShapeError, UnsupportedBackbone
 from lamina.prompts.deep import DeepPrompts
+from lamina.prompts.pool import PromptPool
 from lamina.protections.null_space import NullSpace
 from lamina.protections.projector import Blend, Spectrum
 from lamina.protections.spectrum import Cut, nullity
@@ -447,3 +449,139 @@ def test_it_comes_back_from_a_checkpoint(tower):
         assert torch.equal(again.channels(layer), null_space.channels(layer))
         ours, theirs = (p.projections()[p.prompts.value(layer)] for p in (again, null_space))
         assert torch.equal(ours.left, theirs.left) and torch.equal(ours.right, theirs.right)
+
+
+# ── prompts of a pool ────────────────────────────────────────────────────────────────────────────────
+
+#: 4 images take 2 prompts each, in an order of their own; nobody takes prompt 1
+CHOSEN = torch.tensor([[3, 0], [0, 2], [2, 3], [3, 2]])
+
+
+def pooled(tower, size=4, **options):
+    """Prompts of 3 tokens that enter block 1; the class token has a place there."""
+    pool = PromptPool(size, 2, 3, 6, 5, position=torch.linspace(-2, 3, 6), entry=1)
+    return NullSpace(tower, pool, **{"cut": CODE, "channels": FULL, "tokens": FULL, **options})
+
+
+def pool_probe(tower, images=4, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    queries = torch.randn(images, 2, 7, 3, generator=generator).to(dtype)
+    weights = torch.randn(images, 2, 7, 6, generator=generator).to(dtype).softmax(-1)
+    return Probe(1, torch.zeros(images, 7, 6), queries, weights, tower.blocks()[1].key_weight, CHOSEN[:images])
+
+
+def by_row(seen, size=4):
+    """The attention (B, H, N, size * 3) to all rows of a pool: a slot's is that to the prompt which fills it."""
+    out = torch.zeros(*seen.to_prompts.shape[:3], 3 * size, dtype=torch.float64)
+    for image, taken in enumerate(seen.chosen.tolist()):
+        for place, prompt in enumerate(taken):
+            out[image, ..., 3 * prompt : 3 * prompt + 3] = seen.to_prompts[image, ..., 3 * place : 3 * place + 3]
+    return out
+
+
+def gram(rows):
+    rows = rows.double().flatten(0, -2)
+    return rows.T @ rows
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-5)])
+def test_attention_to_a_pool_is_that_to_the_prompts_which_stand_in_the_slots(tower, dtype, bound):
+    seen = pool_probe(tower, dtype=dtype)
+    found = looked(pooled(tower), seen, probe(tower, 0, 4))
+    expected = gram(by_row(seen))
+    assert expected[3:6].count_nonzero() == 0 and expected.diagonal().count_nonzero() == 9
+    assert found.attention[1].shape == (12, 12) and list(found.attention) == [1]
+    assert (found.attention[1] - expected).norm() <= bound * expected.norm()
+    assert found.rows == 4 * 2 * 7
+
+
+def test_the_split_into_batches_and_processes_does_not_matter_to_a_pool_and_nor_does_the_order_of_slots(tower):
+    seen = pool_probe(tower, dtype=torch.float64)
+    swapped = torch.cat([seen.to_prompts[..., 3:], seen.to_prompts[..., :3]], dim=-1)
+    slots = Probe(1, seen.inputs, seen.queries, swapped, seen.key_weight, CHOSEN.flip(1))
+    parts = [
+        Probe(1, seen.inputs, seen.queries[i : i + 2], seen.to_prompts[i : i + 2], seen.key_weight, CHOSEN[i : i + 2])
+        for i in (2, 0)
+    ]
+    whole = looked(pooled(tower), seen).attention[1]
+    apart = [looked(pooled(tower), part) for part in parts]
+    for other in (looked(pooled(tower), slots), looked(pooled(tower), *parts)):
+        assert (other.attention[1] - whole).norm() <= 1e-12 * whole.norm()
+    assert (sum(one.attention[1] for one in apart) - whole).norm() <= 1e-12 * whole.norm()
+
+
+def test_prompts_that_no_image_took_move_as_they_like_and_lend_nothing_to_others(tower):
+    exact = {"cut": Cut(knee="energy", kept=1.0), "tokens": Blend(normalize=False), "channels": None}
+    null_space = looked(pooled(tower, **exact), pool_probe(tower, dtype=torch.float64))
+    projection = null_space.projections()[null_space.prompts.values]
+    step = torch.randn(4, 3, 6)
+    moved = projection(step)
+    torch.testing.assert_close(moved[1], step[1], rtol=0, atol=1e-6)
+    assert moved[[0, 2, 3]].abs().max() < 1e-6  # 56 rows of attention have full rank in what they took
+
+
+def test_a_step_of_a_pool_changes_no_sum_of_values_of_images_that_have_few_tokens(tower):
+    """One image of 2 heads and 2 tokens looks at 6 rows: 4 conditions, so 2 directions of its own prompts are free."""
+    seen = pool_probe(tower, dtype=torch.float64)
+    one = Probe(1, seen.inputs, seen.queries[:1, :, :2], seen.to_prompts[:1, :, :2], seen.key_weight, CHOSEN[:1])
+    exact = {"cut": Cut(knee="energy", kept=1.0), **both(normalize=False)}
+    null_space = looked(pooled(tower, **exact), one)
+    null_space.prompts.double()
+    projection = null_space.projections()[null_space.prompts.values]
+    assert float(projection.left.trace()) == pytest.approx(6 + 2)
+    moved = projection(torch.randn(4, 3, 6, dtype=torch.float64))
+    assert (by_row(one) @ moved.flatten(0, 1)).norm() <= 1e-10 < moved[CHOSEN[0]].norm()
+
+
+class Largest(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that anything makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.count = max(self.count, out.numel())
+        return out
+
+
+def test_a_large_pool_is_looked_at_without_a_column_for_each_of_its_rows(tower):
+    """By row, 4 images would be 4 * 2 * 7 rows of 33; the sum of their products is 33 * 33."""
+    seen, null_space = pool_probe(tower), pooled(tower, size=11)
+    null_space.begin_look()
+    with Largest() as largest:
+        null_space.see(seen)
+    assert largest.count == 33 * 33 < by_row(seen, size=11).numel()
+
+
+def test_the_deviations_of_a_pools_tokens_are_those_with_which_they_enter(tower):
+    null_space = looked(pooled(tower, ln_correction="affine"), pool_probe(tower))
+    entering = (null_space.prompts.values + torch.linspace(-2, 3, 6)).detach().double().flatten(0, 1)
+    expected = (entering.var(-1, unbiased=False) + 1e-3).sqrt()
+    torch.testing.assert_close(null_space.deviations[1], expected, rtol=1e-6, atol=0)
+    scale = torch.diag(1 / expected)
+    values, basis = null_space.spectra(1)["tokens"]
+    attention = scale @ null_space.attention[1] @ scale
+    torch.testing.assert_close(basis * values @ basis.T, attention, rtol=1e-6, atol=1e-9)
+
+
+def test_what_images_feel_of_a_move_of_a_pool_is_not_said(tower):
+    null_space = looked(pooled(tower), pool_probe(tower))
+    assert null_space.felt(null_space.prompts, null_space.state_dict()) == []
+
+
+def test_room_in_a_pool_counts_all_its_rows_at_the_block_that_prompts_enter(tower):
+    rooms = looked(pooled(tower), pool_probe(tower)).room()
+    assert [(room.layer, room.what, room.size) for room in rooms] == [(1, "channels", 6), (1, "tokens", 12)]
+
+
+def test_a_pool_comes_back_from_a_checkpoint_and_another_one_does_not_fit(tower):
+    null_space = looked(pooled(tower), pool_probe(tower))
+    again = pooled(tower)
+    again.load_state_dict(null_space.state_dict())
+    assert torch.equal(again.attention[1], null_space.attention[1]) and again.rows == null_space.rows
+    with pytest.raises(ShapeError) as error:
+        pooled(tower, size=5).load_state_dict(null_space.state_dict())
+    assert str(error.value) == "attention of block 1 must have shape (15, 15); got (12, 12)"

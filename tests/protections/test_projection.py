@@ -99,7 +99,23 @@ def test_for_sgd_projected_gradients_and_projected_steps_agree_and_for_adam_they
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_one_side_may_be_missing(side):
-    step = torch.randn(2, 3, 5)
-    matrix = torch.randn(*{"left": (3, 3), "right": (5, 5)}[side])
+    step = torch.randn(6, 5)
+    matrix = torch.randn(*{"left": (6, 6), "right": (5, 5)}[side])
     expected = matrix @ step if side == "left" else step @ matrix
     torch.testing.assert_close(Projection(**{side: matrix})(step), expected)
+
+
+def test_the_left_factor_mixes_all_rows_of_a_parameter_whatever_its_shape():
+    """2 prompts of 3 tokens: each of the 6 rows gets something of every other, of its own prompt or not."""
+    step, left, right = torch.randn(2, 3, 5), torch.randn(6, 6), torch.randn(5, 5)
+    found = Projection(left, right)(step)
+    expected = torch.zeros(2, 3, 5)
+    for prompt, token, other, row in torch.cartesian_prod(*map(torch.arange, (2, 3, 2, 3))).tolist():
+        expected[prompt, token] += left[3 * prompt + token, 3 * other + row] * (step[other, row] @ right)
+    torch.testing.assert_close(found, expected)
+    parameter = nn.Parameter(torch.zeros(2, 3, 5))
+    parameter.grad = -step
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    with projected_steps(optimizer, {parameter: Projection(left, right)}):
+        optimizer.step()
+    torch.testing.assert_close(parameter.detach(), expected)

@@ -12,7 +12,7 @@ from torch import nn
 
 from lamina.data.loader import global_batch
 from lamina.data.stream import Split, Task
-from lamina.errors import TrainingError
+from lamina.errors import ConfigError, TrainingError
 from lamina.heads.linear import LinearHead
 from lamina.learner import Learner, Phase
 from lamina.lookback import Watcher
@@ -179,6 +179,46 @@ def test_the_rate_that_is_logged_is_the_one_that_a_step_is_taken_with(tiny_vit, 
     trainer.learn(stream.tasks[0])
     ((step, gradient),) = moved
     torch.testing.assert_close(step, -0.0625 * gradient)
+
+
+class Strict(Protection):
+    """Notes what it is asked, and takes no more than so many training images."""
+
+    def __init__(self, most):
+        super().__init__()
+        self.most, self.asked = most, []
+
+    def check(self, tasks):
+        self.asked.append([task.index for task in tasks])
+        if any(len(task.train) > self.most for task in tasks):
+            raise ConfigError("too many images")
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_protections_are_asked_about_all_that_will_be_learned_before_any_of_it_is(tiny_vit, stream, at_once):
+    most, stages = (54, [0]) if at_once else (27, [0, 1])
+    for limit in (most, most - 1):
+        trainer = head_trainer(tiny_vit, [sgd_phase()])
+        trainer.learner.protections, trainer.learner.at_once = [Protection(), Strict(limit)], at_once
+        if limit == most:
+            trainer.run(stream)
+            assert trainer.position.task == len(stages)
+        else:
+            with pytest.raises(ConfigError, match="^too many images$"):
+                trainer.run(stream)
+            assert not trainer.learner.model.learned()
+        assert trainer.learner.protections[1].asked == [stages]
+
+
+def test_prompts_are_asked_about_all_tasks_before_the_first_and_about_none_when_one_is_learned_alone(tiny_vit, stream):
+    trainer, asked = trainer_of(DEEP, tiny_vit), []
+    trainer.learner.model.prompts.check = lambda tasks: asked.append((trainer.position, list(tasks)))
+    trainer.learn(stream.tasks[0])
+    assert asked == []
+    again = trainer_of(DEEP, tiny_vit)
+    again.learner.model.prompts.check = lambda tasks: asked.append((again.position, list(tasks)))
+    again.run(stream)
+    assert asked == [((0, 0, 0), list(stream.tasks))]
 
 
 def test_every_step_has_a_line_with_its_loss_terms_by_name(tiny_vit, stream, tmp_path):
