@@ -103,6 +103,10 @@ class ContinualModel:
                 "what a kept model says of an image must not depend on the other images of a batch; with "
                 f"selection=batch what {method} says does: take selection=image, or measure it by `lamina run`"
             )
+        if any(protection.of_images for protection in built.protections):
+            raise ConfigError(
+                f"a model file holds nothing of single images; with space=sample {method} would: take space=feature"
+            )
         if not _empty:
             self.settings.heed(settings or {}, lesson_settings(method))
             self._use(*self._fresh())

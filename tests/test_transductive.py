@@ -35,6 +35,14 @@ def refusal(method, value="batch"):
     )
 
 
+@pytest.mark.parametrize("method", ["l2p-pgp", "dualprompt-pgp"])
+def test_a_kept_model_holds_nothing_of_single_images(method):
+    message = f"a model file holds nothing of single images; with space=sample {method} would: take space=feature"
+    with pytest.raises(ConfigError) as caught:
+        ContinualModel(method, BACKBONE, settings={"space": "sample"})
+    assert str(caught.value) == message
+
+
 @pytest.mark.parametrize("method", ["l2p", "dualprompt"])
 @pytest.mark.parametrize("selection", ["image", "batch"])
 def test_a_model_says_whether_images_choose_together(method, selection):

@@ -75,9 +75,11 @@ class Protection(Watcher):
 
     Attributes:
         measures: how many images `measure` wants; 0 where it does not want to be called.
+        of_images: what it remembers has numbers for single images, so it stays out of model files.
     """
 
     measures: int = 0
+    of_images: bool = False
 
     def check(self, tasks: Sequence[Task]) -> None:
         """Make sure that it can take tasks which are to come, with their images; called before one is learned.

@@ -42,6 +42,8 @@ class SampleSubspace(Subspace):
         held: of the energy of each block's last S Sᵀ, the share that the directions hold.
     """
 
+    of_images = True
+
     def __init__(
         self, *arguments: Any, components: int, pool: Callable[[], Tensor] | None = None, **options: Any
     ) -> None:
