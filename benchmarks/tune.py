@@ -17,6 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from lamina.registry import method_class
 from lamina.runs import execute, plan
 from lamina.storage import write_whole
@@ -36,6 +38,19 @@ RATES = [
     {"lr": 0.01, "temperature": 5.0},
     {"lr": 0.003, "temperature": 5.0},
 ]
+#: for a batch of 32 where the authors' rate grows with the batch
+POOL_RATES = [
+    {"lr": 0.00375, "temperature": 1.0},
+    {"lr": 0.00375, "temperature": 5.0},
+    {"lr": 0.01, "temperature": 1.0},
+    {"lr": 0.01, "temperature": 5.0},
+]
+PREFIX_RATES = [
+    {"lr": 0.001, "temperature": 1.0},
+    {"lr": 0.005, "temperature": 1.0},
+    {"lr": 0.01, "temperature": 1.0},
+    {"lr": 0.005, "temperature": 5.0},
+]
 TRIES: dict[str, list[dict[str, Any]]] = {
     "vpt-deep": RATES,
     "joint": RATES,
@@ -53,6 +68,10 @@ TRIES: dict[str, list[dict[str, Any]]] = {
         {"length": 16, "layers": 2, "lr": 0.01, "max_drift": 0.05},
     ],
     "ranpac": [{}],
+    "l2p": POOL_RATES,
+    "dualprompt": POOL_RATES,
+    "coda-prompt": PREFIX_RATES,
+    "l2p-pp": PREFIX_RATES,
 }
 
 
@@ -85,7 +104,8 @@ def main() -> None:
             print(row, flush=True)
             facts = {"stream": given.stream, "changes": shared["stream"], "backbone": record.backbone}
             facts |= {"hardware": record.hardware, "commit": record.commit}
-            write_whole(path, json.dumps({**facts, "tries": [*tries(path), row]}, indent=1) + "\n")
+            with FileLock(f"{path}.lock"):  # copies of this program beside each other, for other methods
+                write_whole(path, json.dumps({**facts, "tries": [*tries(path), row]}, indent=1) + "\n")
     for method in given.methods:
         rows = [row for row in tries(path) if row["method"] == method]
         print("best", max(rows, key=lambda row: row["metrics"]["accuracy"]))
