@@ -7,19 +7,16 @@ the accuracy of a class without images, the precision of one that was never pred
 from __future__ import annotations
 
 import dataclasses
-import json
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Self, get_type_hints
 
 from pydantic import ConfigDict, Field, ValidationError, create_model
 from typing_extensions import TypedDict  # pydantic does not take the one of `typing` before Python 3.12
 
 from lamina.errors import DataError
-from lamina.results.records import read_json
-from lamina.storage import write_whole
+from lamina.results.written import Written
 
 VERSION = 1
 
@@ -119,7 +116,7 @@ class TopK(TypedDict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Assessment:
+class Assessment(Written):
     """What came out of classifying labelled images with a kept model.
 
     Attributes:
@@ -191,36 +188,6 @@ class Assessment:
             rule = first["msg"].replace("Input should", "must", 1)
             raise DataError(f"{where} {rule}; got {reprlib.repr(first['input'])}") from None
         return cls(**values)
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """Read an assessment.
-
-        Raises:
-            DataError: when it cannot be read, is not JSON, or is not an assessment.
-        """
-        values = read_json(Path(path))
-        try:
-            return cls.from_dict(values)
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from None
-
-    def write(self, path: Path) -> None:
-        """Write it as JSON, whole or not at all.
-
-        Raises:
-            DataError: when `model` or `protocol` holds what JSON cannot.
-            StorageError: when it could not be written; what was saved before is still there.
-        """
-        lines = []
-        for name, value in self.as_dict().items():
-            try:
-                lines.append(f" {json.dumps(name)}: {json.dumps(value, allow_nan=False, ensure_ascii=False)}")
-            except (TypeError, ValueError) as error:
-                raise DataError(f"Assessment.{name} cannot be written as JSON: {error}") from None
-        text = "{\n" + ",\n".join(lines) + "\n}\n"
-        # A name of a file that is not UTF-8 holds lone surrogates; with a backslash they are JSON.
-        write_whole(Path(path), text.encode("utf-8", "backslashreplace"))
 
 
 def _form(kind: type[Assessment]) -> Any:

@@ -6,7 +6,6 @@ Reports, tables and comparisons need nothing else of a run folder.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, Self
 
 from lamina.errors import DataError, unknown
 from lamina.results.metrics import check
-from lamina.storage import write_whole
+from lamina.results.written import Written, read_json
 
 VERSION = 1
 METRICS = ("accuracy", "accuracy_weighted", "average_accuracy", "forgetting", "bwt", "accuracy_task_aware")
@@ -28,7 +27,7 @@ _REQUIRED = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Record:
+class Record(Written):
     """One run: what was asked, what came out, what it cost and where it ran.
 
     Attributes:
@@ -150,34 +149,6 @@ class Record:
                 raise DataError(unknown("field", name, names))
         return cls(**values)
 
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """Read `results.json`.
-
-        Raises:
-            DataError: when it cannot be read, is not JSON, or is not a record.
-        """
-        values = read_json(Path(path))
-        try:
-            return cls.from_dict(values)
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from None
-
-    def write(self, path: Path) -> None:
-        """Write `results.json` whole or not at all.
-
-        Raises:
-            StorageError: when it could not be written; what was saved before is still there.
-        """
-        lines = []
-        for name, value in self.as_dict().items():
-            try:
-                lines.append(f" {json.dumps(name)}: {json.dumps(value, allow_nan=False, ensure_ascii=False)}")
-            except (TypeError, ValueError) as error:
-                raise DataError(f"Record.{name} cannot be written as JSON: {error}") from None
-        # One field per line: short enough to read, and a change shows as the lines that changed.
-        write_whole(Path(path), "{\n" + ",\n".join(lines) + "\n}\n")
-
     def _check_shapes(self) -> None:
         _require(self.version == VERSION, "version", f"must be {VERSION}", self.version)
         try:
@@ -261,20 +232,6 @@ def read_records(path: Path) -> list[Record]:
         except DataError as error:
             raise DataError(f"{path}{f', record {place}' if several else ''}: {error}") from None
     return records
-
-
-def read_json(path: Path) -> Any:
-    """Return what a file of JSON says; DataError when it cannot be read or holds a NaN."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from None
-
-
-def _no_constant(word: str) -> Any:
-    raise ValueError(f"{word} is not a number of JSON")
 
 
 def _require(fits: bool, name: str, rule: str, got: Any) -> None:
