@@ -23,7 +23,7 @@ from lamina.training.trainer import Stopped
 from tests.conftest import make_tiny_vit
 from tests.streams import blobs, trainer_of
 
-CHEAP = {"length": 3, "epochs": 1, "batch_size": 9, "temperature": 1.0}
+CHEAP = {"length": 3, "components": 2, "epochs": 1, "batch_size": 9, "temperature": 1.0}
 STREAM = blobs(tasks=2, per_task=3, train=18, test=7)
 METHODS = [name for name in method_names() if "head" in method_class(name).model_fields]
 LAYERED = [name for name in METHODS if "layers" in method_class(name).model_fields]
