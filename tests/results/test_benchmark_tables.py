@@ -194,3 +194,38 @@ def test_costs_are_ratios_of_steps_and_seconds_of_closed_forms(call, tmp_path):
     text = call(None, readme="<!-- table: heads -->\n<!-- /table -->\n")[1]
     assert "| one / other | vit, batch 8 | 1.025 (0.990 to 1.035) |" in text and "| ridge: solve | 0.125 |" in text
     assert "Medians of 7 rounds; a test machine, steps on one thread, closed forms on 3; commit `07b52d907b52`." in text
+
+
+def test_votes_have_a_line_for_each_run_and_a_column_for_each_way_to_choose(call, tmp_path):
+    rows = [
+        {"choice": "image", "batch": 128, "order": "sorted", "accuracy": 0.25},
+        {"choice": "image", "batch": 128, "order": "mixed", "accuracy": 0.25},
+        {"choice": "batch", "batch": 16, "order": "sorted", "accuracy": 0.75},
+        {"choice": "batch", "batch": 16, "order": "mixed", "accuracy": 0.125},
+    ]
+    run = {"method": "l2p", "trained": "batch", "seed": 0, "rows": rows}
+    values = {"commit": "07b52d9", "hardware": "2 cores", "stream": "tiny-odd-4", "runs": [run]}
+    (tmp_path / "votes.json").write_text(json.dumps(values))
+    _, text, _ = call(None, readme="<!-- table: votes -->\n<!-- /table -->\n")
+    assert text == (
+        "<!-- table: votes -->\n"
+        "| method | trained | each image for itself | vote of 16 of a class and task | vote of 16 in no order |\n"
+        "|---|---|---:|---:|---:|\n"
+        "| l2p | by vote | 25.0 | 75.0 | 12.5 |\n"
+        "\n"
+        "Accuracy in percent on the test images of `tiny-odd-4`, one seed; 2 cores; commit `07b52d9`.\n"
+        "<!-- /table -->\n"
+    )
+
+
+def test_costs_of_pools_are_multiples_of_what_they_are_compared_with(call, tmp_path):
+    found = {
+        "step": {"l2p / vpt-deep": {"median": 1.176, "quartiles": [1, 2]}},
+        "prediction": {"l2p / vpt-deep": {"median": 1.144, "quartiles": [1, 2]}},
+        "weights": {"vpt-deep": 1.001, "l2p": 1.0027},
+    }
+    values = {"commit": "07b52d9" + 33 * "0", "processor": "a chip", "rounds": 7, "sizes": {"vit, batch 8": found}}
+    (tmp_path / "pool-costs.json").write_text(json.dumps(values))
+    _, text, _ = call(None, readme="<!-- table: pool-costs -->\n<!-- /table -->\n")
+    assert "| vpt-deep | vit, batch 8 | 1 | 1 | 1.001 |\n| l2p | vit, batch 8 | 1.18 | 1.14 | 1.003 |" in text
+    assert text.endswith("medians of 7 rounds; a chip, one thread; commit `07b52d900000`.\n<!-- /table -->\n")
