@@ -6,11 +6,18 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 
+from lamina.methods.coda_prompt import CODAPrompt
+from lamina.methods.dualprompt import DualPrompt
+from lamina.methods.dualprompt_pgp import DualPromptPGP
 from lamina.methods.l2p import L2P
+from lamina.methods.l2p_nsp2 import L2PNSP2
+from lamina.methods.l2p_pgp import L2PPGP
+from lamina.methods.l2p_pp import L2PPP
 from lamina.methods.linear_probe import LinearProbe
 from lamina.methods.nearest_mean import NearestMean
 from lamina.methods.vpt_deep import VPTDeep
 from lamina.methods.vpt_nsp2 import VPTNSP2
+from lamina.methods.vpt_pgp import VPTPGP
 from lamina.runs import execute, plan
 from lamina.training.launch import launch
 from lamina.training.meter import DriftMeter
@@ -18,13 +25,23 @@ from lamina.training.trainer import Stopped
 from tests.conftest import make_tiny_vit
 from tests.streams import blobs, trainer_of
 
+#: all kinds but CPrompt, which draws tasks for images in each process for itself
 METHODS = {
     "vpt-nsp2": VPTNSP2(length=4, epochs=2, batch_size=13, temperature=2.0),
     "vpt-deep": VPTDeep(length=4, epochs=2, batch_size=13, temperature=2.0),
     "l2p": L2P(size=5, top=2, length=1, epochs=2, batch_size=13),
+    "l2p-pgp": L2PPGP(size=5, top=2, length=1, epochs=2, batch_size=13),
+    "l2p-nsp2": L2PNSP2(size=5, top=2, length=1, epochs=2, batch_size=13),
+    "l2p-pp": L2PPP(size=5, top=2, length=1, epochs=2, batch_size=13),
+    "dualprompt": DualPrompt(length=2, epochs=2, batch_size=13),
+    "dualprompt-pgp": DualPromptPGP(length=2, epochs=2, batch_size=13),
+    "coda-prompt": CODAPrompt(length=1, components=3, epochs=2, batch_size=13),
+    "vpt-pgp": VPTPGP(length=4, epochs=2, batch_size=13, temperature=2.0),
     "linear-probe": LinearProbe(epochs=2, batch_size=13, lr=0.02),
     "nearest-mean": NearestMean(),
 }
+#: prompts that an image takes
+CHOSEN = {"l2p": 2, "l2p-pgp": 2, "l2p-nsp2": 2, "l2p-pp": 2, "dualprompt": 1, "dualprompt-pgp": 1}
 #: where two processes stop and one goes on alone: task, phase and next step
 HALFWAY = (1, 0, 2)
 
@@ -95,10 +112,10 @@ def assert_close(ours, theirs, tolerance, name=""):
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("name", METHODS)
 def test_two_processes_learn_what_one_learns(together, alone, name, rank):
-    """To 1e-6: the order in which a batch is summed is all that differs."""
+    """To 1e-5: the order in which a batch is summed is all that differs; Adam makes more of it where gradients are tiny."""
     theirs = torch.load(together / f"{rank}.pt", weights_only=True)[name]
-    assert_close(alone[name]["learned"], theirs["learned"], 1e-6)
-    assert_close(alone[name]["kept"], theirs["kept"], 1e-6)
+    assert_close(alone[name]["learned"], theirs["learned"], 1e-5)
+    assert_close(alone[name]["kept"], theirs["kept"], 1e-5)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -111,10 +128,11 @@ def test_both_processes_know_the_accuracies_of_one(together, alone, name, rank):
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("name", METHODS)
 def test_both_processes_know_which_prompts_were_chosen_in_one(together, alone, name, rank):
-    """Two prompts for each of 11 images a task, of which one process sees 6 and the other 5."""
+    """So many prompts for each of 11 images a task, of which one process sees 6 and the other 5."""
     theirs = torch.load(together / f"{rank}.pt", weights_only=True)[name]
     assert theirs["usage"] == alone[name]["usage"]
-    assert [sum(map(sum, table)) for table in theirs["usage"]] == ([22, 22] if name == "l2p" else [])
+    taken = 11 * CHOSEN.get(name, 0)
+    assert [sum(map(sum, table)) for table in theirs["usage"]] == ([taken, taken] if taken else [])
 
 
 @pytest.mark.parametrize("rank", [0, 1])
