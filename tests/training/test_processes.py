@@ -112,7 +112,7 @@ def assert_close(ours, theirs, tolerance, name=""):
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("name", METHODS)
 def test_two_processes_learn_what_one_learns(together, alone, name, rank):
-    """To 1e-5: the order in which a batch is summed is all that differs; Adam makes more of it where gradients are tiny."""
+    """To 1e-5: all that differs is the order in which a batch is summed; of tiny gradients Adam makes more."""
     theirs = torch.load(together / f"{rank}.pt", weights_only=True)[name]
     assert_close(alone[name]["learned"], theirs["learned"], 1e-5)
     assert_close(alone[name]["kept"], theirs["kept"], 1e-5)
