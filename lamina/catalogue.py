@@ -90,6 +90,10 @@ def _backbones() -> list[dict[str, Any]]:
             "backbone": "timm:NAME@random",
             "what it is": "the same architecture untrained, for measuring speed",
         },
+        {"backbone": "open_clip:MODEL:TAG", "what it is": "both towers of a CLIP model with published weights"},
+        {"backbone": "open_clip:MODEL:PATH", "what it is": "the same with weights from a local file"},
+        {"backbone": "open_clip:MODEL@random", "what it is": "the same untrained, for measuring speed"},
+        {"backbone": "open_clip:local-dir:FOLDER", "what it is": "a folder with open_clip_config.json and weights"},
     ]
 
 

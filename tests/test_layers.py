@@ -33,6 +33,7 @@ FILES = sorted(path for path in ROOT.rglob("*.py") if path.name != "__init__.py"
 #: libraries that only these files may import
 ALONE = {
     "timm": {"backbones/timm_vit.py", "backbones/load.py", "runs.py"},
+    "open_clip": {f"backbones/{name}.py" for name in ("clip", "clip_text", "clip_blocks", "clip_load")},
     "lightning_fabric": {
         "training/trainer.py",
         "training/feed.py",

@@ -22,7 +22,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
     Args:
         q: (B, H, R, d). k, v: (B, H, K, d).
-        mask: (R, K), added to the logits.
+        mask: (R, K), or (B, 1, R, K), added to the logits.
 
     Returns:
         (B, H, R, d).

@@ -4,6 +4,13 @@ lamina:NAME         a small backbone of ours that ships with the package
 timm:NAME.TAG       a timm model with its published weights, fetched once and then kept by timm
 timm:NAME@PATH      the same architecture with weights from a local file
 timm:NAME@random    the same architecture untrained, for measuring speed
+
+Both towers of a CLIP model, the text side beside the image tower; published weights are kept by open_clip:
+
+open_clip:MODEL:TAG             an open_clip model with published weights
+open_clip:MODEL:PATH            the same with weights from a local file; whether they want QuickGELU, only you know
+open_clip:MODEL@random          the same untrained
+open_clip:local-dir:FOLDER      a folder with open_clip_config.json and weights
 """
 
 from __future__ import annotations
@@ -11,7 +18,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
@@ -22,6 +29,9 @@ from timm.models.vision_transformer import VisionTransformer
 from lamina.backbones.timm_vit import TimmTower
 from lamina.backbones.tower import Tower
 from lamina.errors import ConfigError, UnsupportedBackbone, unknown
+
+if TYPE_CHECKING:
+    from lamina.backbones.clip import TextSide
 
 BUNDLED = Path(__file__).parent / "bundled"
 
@@ -34,11 +44,13 @@ class Backbone:
         name: as given.
         tower: frozen, in the dtype asked for.
         pixels: size, mean, std, interpolation and crop_pct, as in timm's data configuration.
+        text: the text side of a CLIP model, None for any other.
     """
 
     name: str
     tower: Tower
     pixels: dict[str, Any]
+    text: TextSide | None = None
 
 
 def bundled_names() -> list[str]:
@@ -58,12 +70,20 @@ def load_backbone(name: str, *, dtype: torch.dtype = torch.float32) -> Backbone:
         UnsupportedBackbone: when its blocks cannot be prompted.
     """
     family, colon, rest = name.partition(":")
+    if family == "open_clip" and rest:
+        from lamina.backbones.clip_load import load_clip  # only here: its import takes a while
+
+        tower, text, shown = load_clip(name, rest, dtype=dtype)
+        return Backbone(name, tower, shown, text)
     if family == "lamina" and colon:
         model = _bundled(name, rest)
     elif family == "timm" and rest:
         model = _timm(name, rest)
     else:
-        raise ConfigError(f"{unknown('backbone', name, bundled_names())}; or timm:NAME, see `lamina list backbones`")
+        raise ConfigError(
+            f"{unknown('backbone', name, bundled_names())}; or timm:NAME, or open_clip:MODEL:TAG, see "
+            "`lamina list backbones`"
+        )
     if not isinstance(model, VisionTransformer):
         raise UnsupportedBackbone(f"{name} is a {type(model).__name__}; lamina can prompt timm's VisionTransformer")
     config = resolve_model_data_config(model)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lamina.backbones.attention import attend, attention_weights
+from lamina.errors import ShapeError
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,15 @@ class Probe:
 
     Attributes:
         layer: index of the block, from 0.
-        inputs: (B, N, D). The frozen sequence on entry, without prompts.
+        inputs: (B, N, D). The frozen sequence on entry, without prompts; slots inside it hold what enters.
         queries: (B, H, N, d). Queries of the frozen sequence, bias included, not yet scaled by d.
-        to_prompts: (B, H, N, M). Attention weights from the frozen sequence to the prompts.
+        to_prompts: (B, H, N, M). Attention weights from the frozen sequence to the prompts, first those in slots.
         key_weight: (D, D). Rows are output channels, in head order; None where keys are normalised after
             their projection, so that a key is not a product with one weight.
         chosen: (B, k), as the pass says. Where prompts of a pool travel, those that fill the slots on entry to the
             block that they enter, M rows each, in this order; None without a pool.
+        keys, values: (B, H, N, d). Those of the frozen sequence, with their graph; as a `Splice.prefix` they show this
+            sequence to another one.
     """
 
     layer: int
@@ -68,6 +71,8 @@ class Probe:
     to_prompts: Tensor
     key_weight: Tensor | None
     chosen: Tensor | None = None
+    keys: Tensor | None = None
+    values: Tensor | None = None
 
 
 Tap = Callable[[Probe], None]
@@ -149,7 +154,8 @@ class Tower(nn.Module):
         depth: L.
         features: F.
         fingerprint: a hash of the weights; in checkpoints and in keys of caches.
-        readout: the rows of the frozen sequence that `pool` reads; None when it may read all of them.
+        readout: the rows of the frozen sequence that `pool` reads; None when it may read all of them, or when each
+            input has a row of its own (`picks`).
         slots: where prompt slots sit: None = appended, a slice = inside the sequence (text towers).
     """
 
@@ -168,13 +174,22 @@ class Tower(nn.Module):
         """Return a view of each block, first to last."""
         raise NotImplementedError
 
+    def picks(self, inputs: Tensor) -> Tensor | None:
+        """Return which row of its sequence `pool` reads of each input (B,); None where `readout` says it for all."""
+        return None
+
     def pool(self, tokens: Tensor) -> Tensor:
-        """Reduce the final sequence, or its `readout` rows, to features (B, F)."""
+        """Reduce the final sequence, or its rows that are read, to features (B, F)."""
         raise NotImplementedError
 
-    def read(self, tokens: Tensor) -> Tensor:
-        """Reduce a sequence (B, N, D) between any two blocks to features (B, F), as if it were the final one."""
-        return self.pool(tokens if self.readout is None else tokens[:, self.readout])
+    def read(self, tokens: Tensor, picks: Tensor | None = None) -> Tensor:
+        """Reduce a sequence (B, N, D) between any two blocks to features (B, F), as if it were the final one.
+
+        Args:
+            picks: (B,), the row that is read of each, where the tower has `picks`.
+        """
+        rows = self.readout if picks is None else picks[:, None]
+        return self.pool(tokens if rows is None else _take(tokens, rows))
 
     def class_position(self) -> Tensor | None:
         """Return what block 0 finds added to the class token for its place (D,); None where there is no such thing."""
@@ -222,24 +237,47 @@ class Tower(nn.Module):
                 side, the last block's at the end: F is then `layers` times the tower's.
         """
         x, mask = self.embed(inputs)
+        picks = self.picks(inputs)
         if prompts is not None and prompts.copies > 1:
             x = x.repeat(prompts.copies, 1, 1)
+            picks = None if picks is None else picks.repeat(prompts.copies)
         frozen, carried = x, None
         read: list[Tensor] = []
         for layer, block in enumerate(self.blocks()):
             splice = (prompts.at(layer, frozen, carried) if prompts is not None else None) or Splice()
             tokens = splice.tokens if splice.tokens is not None else carried
-            rows = self._rows(frozen, tokens) if layer == self.depth - 1 and not all_rows else None
+            rows = self._rows(frozen, tokens, picks) if layer == self.depth - 1 and not all_rows else None
+            places = self._places(frozen, tokens, mask)
             x = self._join(frozen, tokens)
             chosen = prompts.chosen if prompts is not None else None
-            x = _block(block, x, splice, mask, tap, layer, frozen, chosen, rows)
+            x = _block(block, x, splice, mask, tap, layer, frozen.shape[1], places, chosen, rows)
             frozen, carried = self._split(x, tokens)
             if layer >= self.depth - layers:
-                read.append(self.read(frozen) if rows is None else self.pool(frozen))
+                read.append(self.read(frozen, picks) if rows is None else self.pool(frozen))
         tail = self.final_norm(carried) if carried is not None and self.slots is None else None
         features = torch.cat(read, dim=-1)
         features = features.to(torch.promote_types(features.dtype, torch.float32))
         return Encoded(features, frozen if all_rows else None, tail)
+
+    def _places(self, frozen: Tensor, tokens: Tensor | None, mask: Tensor | None) -> slice:
+        """Return which rows of the joined sequence are prompt slots; none where there are no tokens.
+
+        Raises:
+            ShapeError: when the tokens have no place.
+        """
+        end, count = frozen.shape[1], 0 if tokens is None else tokens.shape[1]
+        if tokens is None or self.slots is None:
+            if count and mask is not None:
+                raise ShapeError(
+                    f"a {type(self).__name__} reads its rows in order, so {count} prompt tokens cannot be appended; "
+                    "give it slots inside the sequence"
+                )
+            return slice(end, end + count)
+        if count != self.slots.stop - self.slots.start or self.slots.stop > end:
+            raise ShapeError(
+                f"prompt slots are rows {self.slots.start} to {self.slots.stop - 1} of {end}; got {count} prompt tokens"
+            )
+        return self.slots
 
     def _join(self, frozen: Tensor, tokens: Tensor | None) -> Tensor:
         if tokens is None:
@@ -249,14 +287,19 @@ class Tower(nn.Module):
             return torch.cat([frozen, tokens], dim=1)
         return torch.cat([frozen[:, : self.slots.start], tokens, frozen[:, self.slots.stop :]], dim=1)
 
-    def _rows(self, frozen: Tensor, tokens: Tensor | None) -> slice | Tensor | None:
-        """Return which rows of the joined sequence matter after the last block; None for all."""
-        if tokens is None or self.readout is None:
-            return self.readout
-        if self.slots is not None:
-            return None
+    def _rows(self, frozen: Tensor, tokens: Tensor | None, picks: Tensor | None) -> slice | Tensor | None:
+        """Return which rows of the joined sequence matter after the last block; None for all.
+
+        One set of rows for all, or (B, R). Nobody asks what became of slots inside the sequence.
+        """
+        read = self.readout if picks is None else picks[:, None]
+        if tokens is None or self.slots is not None or read is None:
+            return read
         places = torch.arange(frozen.shape[1] + tokens.shape[1], device=frozen.device)
-        return torch.cat([places[self.readout], places[frozen.shape[1] :]])
+        slots = places[frozen.shape[1] :]
+        if isinstance(read, slice):
+            return torch.cat([places[read], slots])
+        return torch.cat([read, slots.expand(len(read), -1)], dim=1)
 
     def _split(self, x: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if tokens is None:
@@ -274,39 +317,55 @@ def _block(
     mask: Tensor | None,
     tap: Tap | None,
     layer: int,
-    frozen: Tensor,
+    length: int,
+    places: slice,
     chosen: Tensor | None,
     rows: slice | Tensor | None,
 ) -> Tensor:
     """Run one block with whatever is spliced into it: the only attention in lamina.
 
+    Args:
+        x: (B, n, D), of which the first `length` rows are the frozen sequence and `places` are prompt slots.
+
     Returns:
-        The sequence after the block, (B, N + slots, D); of its `rows` alone if they are given.
+        The sequence after the block, (B, n, D); of its `rows` alone if they are given.
     """
     h = block.norm(x)
     if rows is not None and tap is None:
-        q, (k, v) = block.queries(h[:, rows]), block.keys_values(h)
+        q, (k, v) = block.queries(_take(h, rows)), block.keys_values(h)
     else:
         q, k, v = block.project(h)
+    own = k[:, :, :length], v[:, :, :length]
     k, v = _with_extra_rows(block, k, v, splice)
     extra = k.shape[2] - x.shape[1]
     if mask is not None:
         mask = F.pad(mask, (0, extra))
     if splice.frozen_only and extra:
         mask = x.new_zeros(x.shape[1], k.shape[2]) if mask is None else mask.clone()
-        mask[frozen.shape[1] :, -extra:] = float("-inf")
+        mask[places, -extra:] = float("-inf")
     if mask is not None and rows is not None and tap is None:
-        mask = mask[rows]
+        mask = mask[rows]  # (R, keys), or (B, R, keys)
+        mask = mask[:, None] if mask.ndim == 3 else mask
     if splice.temperature is not None:
         q = q / splice.temperature.to(q.dtype)
     if tap is None:
         mixed = attend(q, k, v, mask)
     else:
         weights = attention_weights(q, k, mask)
-        n = frozen.shape[1]
-        tap(Probe(layer, frozen, q[:, :, :n], weights[:, :, :n, n:], block.key_weight, chosen))
-        mixed = (weights if rows is None else weights[:, :, rows]) @ v
-    return block.finish(x if rows is None else x[:, rows], mixed)
+        seen = weights[:, :, :length]
+        inside = places.stop < x.shape[1]
+        prompts = torch.cat([seen[..., places], seen[..., x.shape[1] :]], -1) if inside else seen[..., places.start :]
+        tap(Probe(layer, x[:, :length], q[:, :, :length], prompts, block.key_weight, chosen, *own))
+        mixed = (weights if rows is None else _take(weights, rows)) @ v
+    return block.finish(x if rows is None else _take(x, rows), mixed)
+
+
+def _take(x: Tensor, rows: slice | Tensor) -> Tensor:
+    """Return some rows of x (B, ..., n, K): the same of each, or those that (B, R) names for each."""
+    if isinstance(rows, slice) or rows.ndim == 1:
+        return x[..., rows, :]
+    index = rows.view(rows.shape[0], *[1] * (x.ndim - 3), rows.shape[1], 1)
+    return x.gather(-2, index.expand(*x.shape[:-2], -1, x.shape[-1]))
 
 
 def _with_extra_rows(block: BlockView, k: Tensor, v: Tensor, splice: Splice) -> tuple[Tensor, Tensor]:

@@ -68,6 +68,7 @@ class CPrompt(Settings):
         Raises:
             ConfigError: when the tower does not have the blocks at which prompts are to enter.
         """
+        tower = tower.unnormed()
         prompts = ConsistentPrompts(
             blocks_of(self.blocks, [0, 5], tower.depth, "CPrompt.blocks"),
             self.length,
@@ -76,7 +77,7 @@ class CPrompt(Settings):
             keys_in_advance=self.keys_in_advance,
         )
         head = ConsistentHead(tower.features, weight=self.smoothing, flatness=self.flatness, margin=self.margin)
-        return Learner(PromptedModel(tower.unnormed(), prompts, head), self.phases)
+        return Learner(PromptedModel(tower, prompts, head), self.phases)
 
     def phases(self, task: Task) -> Sequence[Phase]:
         """Train once on each task; only its own classes compete in the loss."""
