@@ -32,14 +32,15 @@ def measure(method: str, tasks: int, data: Path | None) -> dict[str, Any]:
     evaluate = Trainer.evaluate
 
     def watched(trainer: Trainer, stages: Any) -> None:
-        from lamina.runs import _peak_memory_mb, _tensors
+        from lamina.machine import peak_memory_mb
+        from lamina.runs import _tensors
 
         evaluate(trainer, stages)
         number = trainer.position.task + 1
         if number in SHOWN:
             kept = _tensors([trainer.learner.model.learned(), trainer.memory()])
             seen[number] = {
-                "peak memory (MB)": _peak_memory_mb(trainer.fabric.device),
+                "peak memory (MB)": peak_memory_mb(trainer.fabric.device),
                 "kept (MB)": round(sum(tensor.numel() * tensor.element_size() for tensor in kept) / 1e6, 2),
             }
 

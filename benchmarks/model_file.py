@@ -37,8 +37,8 @@ from lamina.data.material import Material
 from lamina.data.stream import Split, Stream, Task
 from lamina.data.streams import StreamSettings, build_stream
 from lamina.heads.moments import ClassStatistics
+from lamina.machine import commit, hardware, versions
 from lamina.model import Batch
-from lamina.runs import commit, hardware, versions
 from lamina.seeds import seed_at
 
 RESULTS = Path(__file__).parent / "results" / "model-file.json"

@@ -24,9 +24,10 @@ from lamina.backbones.load import load_backbone
 from lamina.data.stream import Split, Stream, Task
 from lamina.data.streams import build_stream
 from lamina.data.transforms import InputSpec
+from lamina.machine import commit, hardware
 from lamina.registry import method_class
 from lamina.results.records import Record
-from lamina.runs import RESULTS, commit, hardware, resumable
+from lamina.runs import RESULTS, resumable
 from lamina.storage import write_whole
 from lamina.training.evaluation import accuracies, summed
 from lamina.training.feed import Feed

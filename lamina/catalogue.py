@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from lamina.config import read_toml
 from lamina.registry import method_class, method_names
@@ -41,7 +42,7 @@ def health(data: Path | None) -> dict[str, Any]:
 
     from lamina.data.cache import cache_root
     from lamina.data.sources import data_root, find_sets
-    from lamina.runs import hardware, versions
+    from lamina.machine import hardware, versions
     from lamina.training.launch import tower_dtype
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -130,5 +131,13 @@ def _limits(field: Any) -> str:
         return ", ".join(words[name].format(value) for name, value in bounds.items())
     if field.annotation is bool:
         return "true or false"
-    options = getattr(field.annotation, "__args__", None)
-    return " or ".join(map(str, options)) if options else ""
+    kinds = get_args(field.annotation) if get_origin(field.annotation) in (Literal, Union, UnionType) else ()
+    return " or ".join(map(_kind, kinds or (field.annotation,))).removesuffix(" or nothing")
+
+
+def _kind(value: Any) -> str:
+    """Return a value that is allowed as it is typed, or a type as people call it."""
+    if get_origin(value) is list:
+        return f"list of {_kind(get_args(value)[0])}s"
+    names = {int: "whole number", float: "number", str: "text", type(None): "nothing"}
+    return names.get(value, str(value))

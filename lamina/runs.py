@@ -9,21 +9,17 @@ learned.safetensors    what was learned, without the frozen backbone
 
 from __future__ import annotations
 
-import os
-import platform
-import resource
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from lamina import __version__
 from lamina.config import Settings, read_toml, write_toml
 from lamina.data.streams import StreamSettings, build_stream
 from lamina.errors import ConfigError, LaminaError, ResumeError
+from lamina.machine import commit, hardware, peak_memory_mb, versions
 from lamina.registry import method_class
 from lamina.results.metrics import summary
 from lamina.results.records import Record
@@ -110,10 +106,23 @@ def plan(
             values["settings"][name] = value
     run = RunSettings(**values)
     asked = {**(overrides or {}), **(overrides or {}).get("settings", {})}
+    for name in run.settings:
+        _misplaced(name, run.method)
     # here, so that a wrong setting is found before anything is loaded
     given = {name: value for name, value in run.settings.items() if name in asked}
     method_class(run.method)(**run.settings).heed(given, {})
     return run, path
+
+
+def _misplaced(name: str, method: str) -> None:
+    """Refuse a setting of runs or streams that was given as one of the method."""
+    if name in method_class(method).model_fields:
+        return
+    if name in StreamSettings.model_fields:
+        raise ConfigError(f"{name} is a setting of streams: give it as stream.{name}")
+    near = get_close_matches(name, RunSettings.model_fields, n=1)
+    if near and not get_close_matches(name, method_class(method).model_fields, n=1):
+        raise ConfigError(f"no setting is called {name!r}; did you mean {near[0]!r}, a setting of runs?")
 
 
 def _recipe(method: str, stream: str | None, backbone: str | None) -> Path | None:
@@ -301,7 +310,7 @@ def _run(
         test_sizes=test,
         metrics=summary(trainer.matrix, test, trainer.matrix_task_aware),
         seconds=trainer.seconds,
-        peak_memory_mb=_peak_memory_mb(fabric.device),
+        peak_memory_mb=peak_memory_mb(fabric.device),
         trainable_parameters=sum(
             p.numel() for name, p in learner.model.named_parameters() if not name.startswith("tower.")
         ),
@@ -334,60 +343,3 @@ def _tensors(value: Any) -> list[Any]:
     if isinstance(value, list | tuple):
         return [tensor for part in value for tensor in _tensors(part)]
     return [value] if hasattr(value, "numel") else []
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a number may depend on."""
-    import timm
-    import torch
-
-    return {
-        "lamina": __version__,
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def hardware(device: Any, processes: int = 1) -> str:
-    """Describe a device in words."""
-    import torch
-
-    if device.type == "cuda":
-        return f"{processes} x {torch.cuda.get_device_name(device)}"
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{model}, {torch.get_num_threads() * processes} threads of {os.cpu_count()} cores"
-
-
-def _peak_memory_mb(device: Any) -> float:
-    """Return the most memory this process held on its device, in units of 10**6 bytes."""
-    import torch
-
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
-
-
-def commit() -> str | None:
-    """Return the commit of the source, with a `+` for changes not committed; None outside a checkout."""
-    root = Path(__file__).parents[1]
-    if not (root / ".git").exists():
-        return None
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10
-        ).stdout.strip()
-
-    try:
-        return (
-            git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--", "lamina") else "")
-        ) or None
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1] / "lamina"
 
 LAYERS = [
     {"errors", "text"},
-    {"storage"},
+    {"machine", "storage"},
     {"config", "registry", "seeds", "schedules"},
     {"audit", "results"},
     {"backbones", "data"},
@@ -32,7 +32,7 @@ FILES = sorted(path for path in ROOT.rglob("*.py") if path.name != "__init__.py"
 
 #: libraries that only these files may import
 ALONE = {
-    "timm": {"backbones/timm_vit.py", "backbones/load.py", "runs.py"},
+    "timm": {"backbones/timm_vit.py", "backbones/load.py", "machine.py"},
     "open_clip": {f"backbones/{name}.py" for name in ("clip", "clip_text", "clip_blocks", "clip_load")},
     "lightning_fabric": {
         "training/trainer.py",

@@ -330,3 +330,16 @@ def test_the_record_that_is_returned_is_the_one_in_the_folder(small, tmp_path):
     record = execute(small, tmp_path / "run", command="some words")
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == record.as_dict()
     assert record.command == "some words" and record.finished
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("normalisation", "no setting is called 'normalisation'; did you mean 'normalization', a setting of runs?"),
+        ("blurry", "blurry is a setting of streams: give it as stream.blurry"),
+    ],
+)
+def test_a_setting_of_runs_or_streams_that_was_given_to_the_method_is_shown_its_place(name, message):
+    with pytest.raises(ConfigError) as error:
+        plan("l2p", "digits", overrides={name: 1})
+    assert str(error.value) == message

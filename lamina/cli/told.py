@@ -34,7 +34,7 @@ def moved_line(drift: Any) -> str:
     """Say how far old classes may have moved."""
     if drift.old is None or drift.bound is None:
         return (
-            f"nothing protects the old classes: features of the new images moved by {percent(drift.new)} of the "
+            f"how far old classes moved is not known: features of the new images moved by {percent(drift.new)} of the "
             "spread of old features, and those of old images may have moved as far"
         )
     if drift.new == 0:

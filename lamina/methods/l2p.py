@@ -34,7 +34,6 @@ from lamina.heads.choose import HeadName, head_of
 from lamina.learner import Learner, Phase, refinement
 from lamina.model import PromptedModel
 from lamina.prompts.pool import PromptPool, Query, Readout, Selection, check_choice, check_query, class_position
-from lamina.prompts.prefix import blocks_of
 
 
 class L2P(Settings):
@@ -91,7 +90,7 @@ class L2P(Settings):
             ConfigError: when prompts are to get the position of a class token that the tower has not, or to enter a
                 block that it has not.
         """
-        blocks_of([self.entry], [], tower.depth, "L2P.entry")
+        check_query(self.query, self.entry, tower.depth)
         prompts = PromptPool(
             self.size,
             self.top,

@@ -124,8 +124,8 @@ def check_choice(size: int, top: int, length: int, readout: Readout) -> None:
         )
 
 
-def check_query(query: Query, entry: int) -> None:
-    """Refuse to ask before the first block.
+def check_query(query: Query, entry: int, depth: int | None = None) -> None:
+    """Refuse to ask before the first block, or to enter a block that a backbone of `depth` has not.
 
     Raises:
         ConfigError: see the message.
@@ -135,6 +135,8 @@ def check_query(query: Query, entry: int) -> None:
             'entry must be at least 1 with query="early", or no block has seen the image yet; got 0: a third of the '
             "backbone's blocks is a fair choice"
         )
+    if depth is not None and entry >= depth:
+        raise ConfigError(f"entry must be a block of the backbone, from 0 to {depth - 1}; got {entry}")
 
 
 def class_position(tower: Tower) -> Tensor:

@@ -57,8 +57,9 @@ class SampleSubspace(Subspace):
         for task in tasks:
             if len(task.train) < self.measures:
                 raise ConfigError(
-                    f'space="sample" needs as many images of each task as the backbone has channels, {self.measures}; '
-                    f'task {task.index + 1} has {len(task.train)}: take space="feature"'
+                    'space="sample", which parity="official" has, needs as many images of each task as the '
+                    f"backbone has channels, {self.measures}; task {task.index + 1} has {len(task.train)}: take "
+                    'space="feature", or fewer and larger tasks'
                 )
 
     @torch.no_grad()

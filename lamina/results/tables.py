@@ -248,7 +248,13 @@ def _note(part: Sequence[Record], peers: Sequence[Sequence[Record]]) -> str:
     if all(len({r.stream_fingerprint for r in other}) > 1 for other in peers):
         # Each peer mixes several orders of classes; the first one's fingerprint says nothing about the row.
         differing = [name for name in differing if name != "stream fingerprint"]
-    said = [f"{name} {show(own[name])}" if name in own else f"no {name}" for name in differing]
+    stated = {name.replace("_", " ") for other in peers for name in other[0].protocol}
+    # A protocol states what is out of the ordinary: a run that is silent on it has nothing to add.
+    said = [
+        f"{name} {show(own[name])}" if name in own else f"no {name}"
+        for name in differing
+        if name in own or name not in stated
+    ]
     if not part[0].finished:
         said.append(f"unfinished, {len(part[0].matrix[-1])} of {part[0].tasks} tasks")
     return ", ".join(said)

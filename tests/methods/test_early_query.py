@@ -111,7 +111,7 @@ def test_a_pass_that_was_never_run_has_no_losses(tiny_vit):
 
 @pytest.mark.parametrize("entry", [3, 7])
 def test_a_block_that_the_backbone_has_not_is_refused(tiny_vit, entry):
-    message = rf"L2P\.entry must name different blocks of the backbone, from 0 to 2; got \[{entry}\]"
+    message = f"entry must be a block of the backbone, from 0 to 2; got {entry}"
     with pytest.raises(ConfigError, match=message):
         built(tiny_vit, entry=entry)
 

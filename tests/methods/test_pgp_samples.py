@@ -128,8 +128,8 @@ def test_a_stream_of_smaller_tasks_is_refused_before_it_is_learned(name):
     with pytest.raises(ConfigError) as error:
         trainer.run(blobs(train=23))
     assert str(error.value) == (
-        'space="sample" needs as many images of each task as the backbone has channels, 24; task 1 has 23: '
-        'take space="feature"'
+        'space="sample", which parity="official" has, needs as many images of each task as the backbone has channels, '
+        '24; task 1 has 23: take space="feature", or fewer and larger tasks'
     )
     assert trainer.position == (0, 0, 0) and trainer.matrix == []
 

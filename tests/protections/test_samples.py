@@ -297,8 +297,8 @@ def test_tasks_with_fewer_images_than_channels_are_refused_before_they_are_learn
     with pytest.raises(ConfigError) as error:
         protection(model).check(tasks)
     assert str(error.value) == (
-        'space="sample" needs as many images of each task as the backbone has channels, 24; task 3 has 23: '
-        'take space="feature"'
+        'space="sample", which parity="official" has, needs as many images of each task as the backbone has channels, '
+        '24; task 3 has 23: take space="feature", or fewer and larger tasks'
     )
 
 

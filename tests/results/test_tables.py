@@ -50,7 +50,7 @@ def test_one_run_has_no_deviation(record):
         ({"settings": {"length": 4, "stream": {"tasks": 4}}}, ["lr 0.01", "no lr"]),
         (
             {"protocol": {"kind": "class-incremental", "test_batch": "transductive", "skipped_images": 0}},
-            ["tasks 4, test batch independent", "no tasks, test batch transductive"],
+            ["tasks 4, test batch independent", "test batch transductive"],
         ),
         ({"test_sizes": [30, 20, 41, 10]}, ["", ""]),
     ],
