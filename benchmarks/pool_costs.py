@@ -53,6 +53,7 @@ def calls_of(method: str, settings: dict[str, Any], cached: bool, size: str) -> 
     model = learner.model
     for task in TASKS:
         model.begin_task(task)
+    share = weight(model) / weight(model.tower)  # before the first forward, which packs what is frozen
     batch = Batch(images, 10 + torch.arange(len(images)) % 10)
     if cached:
         batch = batch._replace(query=model.query(batch))
@@ -72,10 +73,12 @@ def calls_of(method: str, settings: dict[str, Any], cached: bool, size: str) -> 
         model.eval()
         model(batch._replace(labels=None))
 
-    def weight(module: torch.nn.Module) -> int:
-        return sum(value.numel() * value.element_size() for value in module.state_dict().values())
+    return step, predict, share
 
-    return step, predict, weight(model) / weight(model.tower)
+
+def weight(module: torch.nn.Module) -> int:
+    """Return the bytes of all that a module keeps."""
+    return sum(value.numel() * value.element_size() for value in module.state_dict().values())
 
 
 def main() -> None:

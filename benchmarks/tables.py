@@ -240,7 +240,8 @@ def rewrite(text: str, results: Path) -> tuple[str, list[str]]:
         group, _, part = name.partition("/")
         if part and group in STUDIES:
             study = json.loads((results / f"{group}.json").read_text())
-            more = [record for other in study.get("also", ()) for record in read_records(results / f"{other}.json")]
+            others = [results / f"{other}.json" for other in study.get("also", ())]
+            more = [record for path in others if path.exists() for record in read_records(path)]
             body = experiment(study, part, STUDIES[group], more)
         elif name in SHOWN:
             body = SHOWN[name](json.loads((results / f"{name}.json").read_text()))
