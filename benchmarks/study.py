@@ -64,8 +64,10 @@ class Variant(NamedTuple):
 
 def key(record: Mapping[str, Any]) -> str:
     """Return what tells a record from all others, as `Variant.key` does."""
+    # A record from before a setting was there is one of a run with its default.
+    settings = method_class(record["method"])(**record["settings"]).model_dump()
     run = _protocol(record["protocol"])
-    return json.dumps([record["method"], record["settings"], record["stream"], run, record["seed"]], sort_keys=True)
+    return json.dumps([record["method"], settings, record["stream"], run, record["seed"]], sort_keys=True)
 
 
 def _protocol(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from lamina.errors import ConfigError, DataError, LaminaError, unknown
+from lamina.registry import method_class
 from lamina.results.records import Record, read_records
 from lamina.results.tables import aggregate, show, spread, to_markdown
 from lamina.storage import write_whole
@@ -128,8 +129,13 @@ def experiment(values: Mapping[str, Any], name: str, columns: Sequence[str], mor
 
 def _is_run_of(record: Record, row: Mapping[str, Any]) -> bool:
     """Say whether a record is of a row's method, settings, stream, protocol and seeds."""
+    # A record from before a setting was there is one of a run with its default.
+    before = {name: value for name, value in row["settings"].items() if name in record.settings}
+    defaults = {name: value for name, value in row["settings"].items() if name not in record.settings}
+    fields = method_class(record.method).model_fields if defaults else {}
     return (
-        (record.method, record.settings, record.stream) == (row["method"], row["settings"], row["stream"])
+        (record.method, record.settings, record.stream) == (row["method"], before, row["stream"])
+        and all(name in fields and fields[name].default == value for name, value in defaults.items())
         and record.seed in row["seeds"]
         and ("online" in record.protocol) == bool(row["run"].get("online"))
     )

@@ -151,6 +151,20 @@ def test_runs_of_another_stream_or_protocol_are_not_those_of_a_variant(call, mak
     assert lines(online) == {"here": "0", "elsewhere": "0", "online": "1"}
 
 
+def test_a_run_from_before_a_setting_was_there_is_one_with_its_default(call, make_record, tmp_path):
+    run = make_record(MATRIX, settings={"length": 4})
+    row = {"method": "vpt-nsp2", "seeds": [run.seed], **HERE}
+    rows = [
+        {"name": "default", **row, "settings": {"length": 4, "use_b1": True}},
+        {"name": "other", **row, "settings": {"length": 4, "use_b1": False}},
+        {"name": "shorter", **row, "settings": {"length": 3, "use_b1": True}},
+    ]
+    values = {"experiments": {"parts": rows}, "records": [run.as_dict()]}
+    (tmp_path / "null-space.json").write_text(json.dumps(values))
+    _, text, _ = call(None, readme="<!-- table: null-space/parts -->\n<!-- /table -->\n")
+    assert [line.rstrip(" |")[-1] for line in text.splitlines()[3:6]] == ["1", "0", "0"]
+
+
 def test_a_study_takes_runs_from_other_files_that_it_names(call, make_record, tmp_path):
     run = make_record(MATRIX, settings={"eta": 1})
     rows = [{"name": "here", "method": "vpt-nsp2", "settings": {"eta": 1}, "seeds": [run.seed], **HERE}]
