@@ -20,11 +20,10 @@ from lamina.backbones.clip_blocks import (
     check_blocks,
     check_model,
     fingerprint_of,
-    full_name,
-    normalised,
     projected,
 )
 from lamina.backbones.clip_text import TextTower
+from lamina.backbones.timm_vit import full_name, normalised
 from lamina.backbones.tower import BlockView, Tower
 from lamina.errors import ShapeError, UnsupportedBackbone
 

@@ -9,10 +9,9 @@ from typing import Any
 from open_clip import CLIP, CustomTextCLIP
 from open_clip.transformer import Attention, CustomResidualAttentionBlock, ResidualAttentionBlock
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lamina.backbones.packed import FrozenLinear, linear
-from lamina.backbones.timm_vit import fingerprint
+from lamina.backbones.packed import FrozenLinear
+from lamina.backbones.timm_vit import fingerprint, full_name, normalised, some_rows, split_heads
 from lamina.errors import UnsupportedBackbone
 
 #: what a plain block has nothing of: names of parts in a block, in its attention and in its MLP
@@ -58,36 +57,19 @@ class ClipBlock(nn.Module):
         return normalised(self.norms[0], x)
 
     def project(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self._split(self.joint(h), 3).unbind(0)
+        q, k, v = split_heads(self.joint(h), 3, self.heads).unbind(0)
         return q, k, v
 
     def queries(self, h: Tensor) -> Tensor:
-        return self._split(self._part(h, slice(0, self.inner)), 1)[0]
+        return split_heads(some_rows(self.joint, h, slice(0, self.inner)), 1, self.heads)[0]
 
     def keys_values(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = self._split(self._part(h, slice(self.inner, None)), 2).unbind(0)
+        k, v = split_heads(some_rows(self.joint, h, slice(self.inner, None)), 2, self.heads).unbind(0)
         return k, v
 
     def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         x = x + self.scales[0](self.out(mixed.transpose(1, 2).flatten(2)))
         return x + self.scales[1](self.narrow(self.activation(self.widen(normalised(self.norms[1], x)))))
-
-    def _part(self, h: Tensor, rows: slice) -> Tensor:
-        """Apply some rows of the joint projection; a frozen layer's slices cost no copy."""
-        bias = None if self.joint.bias is None else self.joint.bias[rows]
-        return linear(h.to(self.joint.weight.dtype), self.joint.weight[rows], bias)
-
-    def _split(self, x: Tensor, parts: int) -> Tensor:
-        """(B, n, parts * D) to (parts, B, H, n, d)."""
-        return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4)
-
-
-def normalised(layer: nn.Module, x: Tensor) -> Tensor:
-    """Apply a layer norm in the dtype of `x`: prompts that come in float32 are normalised in float32."""
-    if not isinstance(layer, nn.LayerNorm):
-        return layer(x)
-    weight, bias = (None if part is None else part.to(x.dtype) for part in (layer.weight, layer.bias))
-    return F.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
 
 
 def check_blocks(side: str, blocks: nn.ModuleList) -> None:
@@ -150,15 +132,6 @@ def features_of(projection: nn.Parameter | nn.Linear | None, width: int) -> int:
     if projection is None:
         return width
     return projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1]
-
-
-def full_name(thing: object) -> str:
-    """Return the module and the name of a thing's class.
-
-    >>> full_name(nn.Linear(1, 1))
-    'torch.nn.modules.linear.Linear'
-    """
-    return f"{type(thing).__module__}.{type(thing).__qualname__}"
 
 
 def _reason(block: nn.Module) -> str | None:

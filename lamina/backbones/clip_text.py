@@ -23,10 +23,9 @@ from lamina.backbones.clip_blocks import (
     check_model,
     features_of,
     fingerprint_of,
-    full_name,
-    normalised,
     projected,
 )
+from lamina.backbones.timm_vit import full_name, normalised
 from lamina.backbones.tower import BlockView, Probe, PromptPass, Splice, Tower
 from lamina.errors import ConfigError, ShapeError, UnsupportedBackbone
 

@@ -39,33 +39,35 @@ class _TimmBlock:
         return self.block.norm1 if isinstance(self.block.norm1, nn.LayerNorm) else None
 
     def norm(self, x: Tensor) -> Tensor:
-        return _norm(self.block.norm1, x)
+        return normalised(self.block.norm1, x)
 
     def project(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self._heads(self.attention.qkv(h), 3).unbind(0)
+        q, k, v = split_heads(self.attention.qkv(h), 3, self.heads).unbind(0)
         return self.attention.q_norm(q), self.attention.k_norm(k), v
 
     def queries(self, h: Tensor) -> Tensor:
-        return self.attention.q_norm(self._heads(self._part(h, slice(0, self.inner)), 1)[0])
+        q = split_heads(some_rows(self.attention.qkv, h, slice(0, self.inner)), 1, self.heads)[0]
+        return self.attention.q_norm(q)
 
     def keys_values(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = self._heads(self._part(h, slice(self.inner, None)), 2).unbind(0)
+        k, v = split_heads(some_rows(self.attention.qkv, h, slice(self.inner, None)), 2, self.heads).unbind(0)
         return self.attention.k_norm(k), v
 
     def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         a = self.attention
         x = x + self.block.ls1(a.proj(a.norm(mixed.transpose(1, 2).flatten(2))))
-        return x + self.block.ls2(self.block.mlp(_norm(self.block.norm2, x)))
+        return x + self.block.ls2(self.block.mlp(normalised(self.block.norm2, x)))
 
-    def _part(self, h: Tensor, rows: slice) -> Tensor:
-        """Apply some rows of the joint projection; a frozen layer's slices cost no copy."""
-        layer = self.attention.qkv
-        bias = None if layer.bias is None else layer.bias[rows]
-        return linear(h.to(layer.weight.dtype), layer.weight[rows], bias)
 
-    def _heads(self, x: Tensor, parts: int) -> Tensor:
-        """(B, n, parts * D) to (parts, B, H, n, d)."""
-        return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4)
+def some_rows(layer: Any, h: Tensor, rows: slice) -> Tensor:
+    """Apply some rows of a joint projection; a frozen layer's slices cost no copy."""
+    bias = None if layer.bias is None else layer.bias[rows]
+    return linear(h.to(layer.weight.dtype), layer.weight[rows], bias)
+
+
+def split_heads(x: Tensor, parts: int, heads: int) -> Tensor:
+    """(B, n, parts * D) to (parts, B, H, n, d)."""
+    return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4)
 
 
 class TimmTower(Tower):
@@ -115,10 +117,10 @@ class TimmTower(Tower):
         return m.pos_embed[0, 0]
 
     def pre_norm(self, x: Tensor) -> Tensor:
-        return _norm(self.model.norm_pre, x)
+        return normalised(self.model.norm_pre, x)
 
     def final_norm(self, x: Tensor) -> Tensor:
-        return _norm(self.model.norm, x)
+        return normalised(self.model.norm, x)
 
     def pool(self, tokens: Tensor) -> Tensor:
         if not self.normed:
@@ -148,7 +150,7 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _norm(layer: nn.Module, x: Tensor) -> Tensor:
+def normalised(layer: nn.Module, x: Tensor) -> Tensor:
     """Normalise in the dtype of `x`: prompts that come in float32 are normalised in float32."""
     if isinstance(layer, nn.LayerNorm) and layer.weight is not None and layer.weight.dtype != x.dtype:
         bias = None if layer.bias is None else layer.bias.to(x.dtype)
@@ -162,16 +164,21 @@ def _check(model: nn.Module) -> None:
         attention = getattr(block, "attn", None)
         if type(block) is not Block or type(attention) is not Attention or attention.gate is not None:
             raise UnsupportedBackbone(
-                f"block {i} of {type(model).__name__} is a {_full(block)} with {_full(attention)}; lamina can prompt "
-                "timm.models.vision_transformer.Block with timm.layers.attention.Attention. To add a block type, "
-                "write a BlockView for it in lamina/backbones/timm_vit.py."
+                f"block {i} of {type(model).__name__} is a {full_name(block)} with {full_name(attention)}; lamina can "
+                "prompt timm.models.vision_transformer.Block with timm.layers.attention.Attention. To add a block "
+                "type, write a BlockView for it in lamina/backbones/timm_vit.py."
             )
     if not isinstance(model, VisionTransformer):
         raise UnsupportedBackbone(
-            f"the model is a {_full(model)}; of timm's models, lamina can prompt VisionTransformer and what inherits "
-            "from it. To add a kind of model, write a Tower for it in lamina/backbones."
+            f"the model is a {full_name(model)}; of timm's models, lamina can prompt VisionTransformer and what "
+            "inherits from it. To add a kind of model, write a Tower for it in lamina/backbones."
         )
 
 
-def _full(thing: object) -> str:
+def full_name(thing: object) -> str:
+    """Return the module and the name of a thing's class.
+
+    >>> full_name(nn.Linear(1, 1))
+    'torch.nn.modules.linear.Linear'
+    """
     return f"{type(thing).__module__}.{type(thing).__qualname__}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from lamina.errors import DataError
@@ -136,3 +137,14 @@ def _concatenated(splits: Sequence[Split]) -> Split:
         indices=np.concatenate([split.indices for split in splits]),
         columns=np.concatenate([split.columns for split in splits]),
     )
+
+
+def places(labels: Tensor, columns: Sequence[int]) -> Tensor:
+    """Return where labels (B,) stand among the columns of a task; -1 for one that is not among them.
+
+    >>> places(torch.tensor([7, 2, 7, 3]), [2, 5, 7])
+    tensor([ 2,  0,  2, -1])
+    """
+    place = torch.full((max(columns) + 1,), -1, device=labels.device)
+    place[list(columns)] = torch.arange(len(columns), device=labels.device)
+    return place[labels]

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lamina.data.stream import places
 from lamina.heads.base import Scores
 from lamina.heads.linear import LinearHead
-from lamina.prompts.consistent import places
 
 
 class ConsistentHead(LinearHead):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lamina.backbones.tower import Splice
+from lamina.data.stream import places
 from lamina.prompts.base import PromptModule, Scripted
 from lamina.prompts.components import orthogonal_rows
 
@@ -137,12 +138,3 @@ def new_keys(count: int, size: int, old: Sequence[Tensor] = ()) -> Tensor:
     free = min(count, max(size - sum(map(len, old)), 0))
     orthogonal = orthogonal_rows(free, size, old) if free else torch.empty(0, size)
     return torch.cat([orthogonal, F.normalize(torch.randn(count - free, size), dim=-1)])
-
-
-def places(labels: Tensor, columns: Sequence[int]) -> Tensor:
-    """Return where labels (B,) stand among the columns of a task.
-
-    >>> places(torch.tensor([7, 2, 7]), [2, 5, 7])
-    tensor([2, 0, 2])
-    """
-    return (labels[:, None] == torch.as_tensor(columns, device=labels.device)).int().argmax(1)

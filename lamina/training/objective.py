@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lamina.data.stream import Task
+from lamina.data.stream import Task, places
 from lamina.learner import Phase
 
 
@@ -20,10 +19,7 @@ def classify(logits: Tensor, labels: Tensor, task: Task, phase: Phase) -> Tensor
     """
     logits = logits.float() / phase.temperature
     if phase.classes == "task":
-        columns = torch.as_tensor(list(task.columns), device=logits.device)
-        place = torch.full((logits.shape[-1],), -1, device=logits.device)
-        place[columns] = torch.arange(len(columns), device=logits.device)
-        logits, labels = logits[..., columns], place[labels]
+        logits, labels = logits[..., list(task.columns)], places(labels, task.columns)
     if logits.ndim == 3:
         labels = labels.expand(len(logits), -1).flatten()
         logits = logits.flatten(0, 1)
