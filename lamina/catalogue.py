@@ -9,6 +9,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from lamina.config import read_toml
+from lamina.errors import ConfigError, unknown
 from lamina.registry import method_class, method_names
 
 
@@ -34,6 +35,20 @@ def about(method: str) -> dict[str, Any]:
         for name, field in kind.model_fields.items()
     ]
     return {"method": method, "text": _module_text(kind), "settings": settings}
+
+
+def recipe(name: str) -> dict[str, Any]:
+    """Return what a recipe says, as METHOD/NAME, and its text.
+
+    Raises:
+        ConfigError: when there is none of that name.
+    """
+    from lamina.runs import RECIPES
+
+    path = RECIPES / f"{name}.toml"
+    if not path.exists():
+        raise ConfigError(unknown("recipe", name, [row["recipe"] for row in _recipes()]))
+    return {"recipe": name, "text": path.read_text().rstrip(), **read_toml(path)}
 
 
 def health(data: Path | None) -> dict[str, Any]:

@@ -155,10 +155,10 @@ class ContinualModel:
             )
         out.settings.heed(settings or {}, file.settings)
         out.run, out.lessons, out.confidence = dict(file.run), file.lessons, confidence
-        wrong = out._misfit(file)
-        if wrong and settings:
-            raise ConfigError(f"{wrong}: a setting was changed that must stay as it is")
-        if wrong:
+        if wrong := out._misfit(file):
+            given = settings or {}
+            if had := [f"{name}={value!r}" for name, value in file.settings.items() if given.get(name, value) != value]:
+                raise ConfigError(f"{' or '.join(had)} shapes what was learned and has to stay: {wrong}")
             raise ModelFileError(wrong)
         learner, statistics = out._fresh()
         try:

@@ -36,11 +36,13 @@ class Learned(NamedTuple):
     Attributes:
         lesson: its line of the audit trail.
         file: the model file as it is now.
+        left: how many more lessons there is room for; None where nothing limits them.
         before: the lesson had been finished by an earlier call that could not clean up after itself.
     """
 
     lesson: Lesson
     file: ModelFile
+    left: int | None
     before: bool = False
 
 
@@ -100,7 +102,7 @@ def learn_folder(
             with cache_in(work):
                 material = _material(folder, model, holdout, skip_broken)
                 if file is not None and done and again and file.lessons[-1].data == material.fingerprint:
-                    return Learned(file.lessons[-1], file, before=True)
+                    return Learned(file.lessons[-1], file, model.model.tasks_left, before=True)
                 lesson = model.learn(
                     material,
                     name=name,
@@ -112,7 +114,7 @@ def learn_folder(
                 )
             written = model.file()
             written.write(path)
-        return Learned(lesson, written)
+        return Learned(lesson, written, model.model.tasks_left)
 
 
 def _opened(

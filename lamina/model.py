@@ -74,6 +74,11 @@ class PromptedModel(nn.Module):
         """Whether the prediction for an image depends on the other images of its batch."""
         return self.prompts is not None and self.prompts.transductive
 
+    @property
+    def tasks_left(self) -> int | None:
+        """How many more tasks there is room for; None where nothing limits them."""
+        return None if self.prompts is None else self.prompts.tasks_left
+
     def begin_task(self, task: Task) -> None:
         """Let prompts and head grow for a task; called once per task, in order."""
         if self.prompts is not None:

@@ -9,7 +9,7 @@ learned.safetensors    what was learned, without the frozen backbone
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -145,6 +145,12 @@ def resumable(folder: Path) -> RunSettings:
     if not isinstance(values.get("run"), dict):
         raise ResumeError(f"{folder / SETTINGS} says nothing of a run; start it anew with `lamina run`")
     return RunSettings(**values["run"])
+
+
+def unfinished(paths: Iterable[Path]) -> list[Path]:
+    """Return the folders under `paths` whose runs were begun and not finished."""
+    begun = (file.parent for path in paths for file in path.rglob(SETTINGS))
+    return sorted({folder for folder in begun if not (folder / RESULTS).exists()})
 
 
 def execute(

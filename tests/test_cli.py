@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from lamina.cli import app
 from lamina.errors import StorageError
 from lamina.registry import method_class, method_names
 from lamina.results.records import Record
+from lamina.runs import RECIPES
 from lamina.training.trainer import Stopped
 from tests.commands import called
 
@@ -104,6 +106,16 @@ def test_show_writes_limits_as_people_do():
         "none or affine",
         "true or false",
     )
+
+
+def test_show_gives_a_recipe_as_it_is_written_and_refuses_one_that_nobody_knows(command):
+    code, out, errors = command("show", "vpt-nsp2/digits")
+    assert (code, errors) == (0, []) and out.rstrip() == (RECIPES / "vpt-nsp2/digits.toml").read_text().rstrip()
+    assert json.loads(command("show", "vpt-nsp2/digits", "--json")[1])["method"] == "vpt-nsp2"
+    code, out, errors = command("show", "vpt-nsp2/digit")
+    assert (code, out) == (2, "") and "no recipe is called 'vpt-nsp2/digit'; did you mean 'vpt-nsp2/digits'?" in errors[
+        0
+    ]
 
 
 def test_doctor_names_versions_the_device_and_what_was_found(tmp_path):
@@ -358,6 +370,25 @@ def test_a_report_is_one_page_about_all_runs_it_is_given(finished, command):
     assert "://" not in page.replace("http://www.w3.org/", "")
     code, out, _ = command("report", ".", "--json")
     assert json.loads(out)["method"] == "nearest-mean" and Path("report.html").exists()
+
+
+def test_a_report_says_which_runs_are_not_finished(finished, command):
+    shutil.copytree(finished[0], "runs/whole")
+    shutil.copytree(finished[0], "runs/half")
+    Path("runs/half/results.json").unlink()
+    code, out, errors = command("report", "runs")
+    assert (code, errors) == (0, ["left out, not finished: runs/half; go on with `lamina resume runs/half`"])
+    assert "nearest-mean" in out
+
+
+def test_a_report_prints_a_table_for_each_stream(finished, command):
+    shutil.copytree(finished[0], "runs/a")
+    other = json.loads(Path("runs/a/results.json").read_text())
+    Path("runs/b").mkdir()
+    Path("runs/b/results.json").write_text(json.dumps(other | {"stream": "elsewhere"}))
+    out = command("report", "runs")[1]
+    assert out.index("digits") < out.index("elsewhere") and out.count("nearest-mean") == 2
+    assert command("report", "runs/a")[1].startswith("┏")  # one stream needs no title
 
 
 def test_runs_without_a_folder_get_one_each(command):

@@ -442,10 +442,22 @@ def test_inspect_tells_lessons_classes_sizes_and_drift(learned, command):
     assert [(row["name"], row["classes"], row["images"], row["held_out"]) for row in found["lessons"]] == [
         (None, CLASSES[:2], 14, 2), ("round 2", CLASSES[2:4], 14, 2), ("round 3", CLASSES[4:], 21, 3),
     ]  # fmt: skip
-    assert found["room"] == [] and "room_unknown" not in found
+    assert found["room"] == [] and found["lessons_left"] is None and "room_unknown" not in found
     assert found["lessons"][2]["drift"]["old"] == 0
     text = command("inspect", learned)[1]
     assert all(word in text for word in ("round 3", "zebra", "nearest-mean limits no step", found["checksum"]))
+
+
+def test_a_model_that_has_room_for_so_many_lessons_says_how_many_are_left(shop, tmp_path, command):
+    path = tmp_path / "coda.lamina"  # 64 features have room for components of 3 lessons, the last with fewer
+    words = ["--method", "coda-prompt", "--backbone", BACKBONE, "--set=components=30", "--set=epochs=1"]
+    code, out, errors = command("learn", path, shop / "1", *words)
+    assert code == 0 and "room for new tasks: 2 more lessons" in out.splitlines()
+    assert "settings for lessons: batch_size=32, lr=0.005" in out.splitlines()  # and epochs, which were given
+    for left, name in ((1, "2"), (0, "3")):
+        assert json.loads(command("learn", path, shop / name, "--json")[1])["lessons_left"] == left
+    assert "room for new tasks: none is left, so coda-prompt can take no further lesson" in command("inspect", path)[1]
+    assert json.loads(command("inspect", path, "--json")[1])["lessons_left"] == 0
 
 
 def test_inspect_tells_the_room_in_every_block(shop, tmp_path, command):

@@ -698,7 +698,7 @@ def test_settings_of_training_may_change_and_the_others_stay():
     settings = model.model_.settings
     assert (settings.epochs, settings.batch_size, settings.length) == (2, 7, 3)
     message = words(model.set_params(settings={"length": 5}).partial_fit, *pictures(6), error=ConfigError)
-    assert message.endswith("a setting was changed that must stay as it is")
+    assert message.startswith("length=3 shapes what was learned and has to stay: ")
 
 
 def test_generators_of_random_numbers_are_left_as_they_were(tmp_path):

@@ -33,16 +33,20 @@ def list_(kind: Annotated[Kind, typer.Argument(help="What to list.")], as_json: 
 
 
 @app.command()
-def show(method: Annotated[str, typer.Argument(help="A method's name.")], as_json: Json = False) -> None:
-    """Show what a method does, its settings with limits and defaults, and its sources."""
-    from lamina.catalogue import about
+def show(
+    method: Annotated[str, typer.Argument(help="A method's name; or a recipe, METHOD/NAME as listed.")],
+    as_json: Json = False,
+) -> None:
+    """Show what a method does, its settings with limits and defaults, and its sources; or what a recipe says."""
+    from lamina.catalogue import about, recipe
 
-    found = about(method)
+    found = recipe(method) if "/" in method else about(method)
     if as_json:
         print(json.dumps(found, indent=2))
         return
-    print(found["text"] + "\n")
-    if found["settings"]:
+    print(found["text"])
+    if "/" not in method and found["settings"]:
+        print()
         print_table(found["settings"])
 
 

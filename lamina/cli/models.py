@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from lamina.cli.shared import Json, app, note, print_table, progress_of, stoppable, typed
-from lamina.cli.told import images, lesson_lines, percent, print_inspected
+from lamina.cli.told import images, lesson_lines, percent, print_inspected, usual_line
 from lamina.errors import ConfigError, LaminaError
 
 #: what `predict` says at the end when some images could not be read
@@ -79,6 +79,7 @@ def learn(
     from lamina.lessons import learn_folder
     from lamina.training.stopping import stop_signals
 
+    given = assignments(changes or [])
     watch = progress_of(as_json)
     with stoppable(typed(), model.with_name(f".{model.name}.learning")), stop_signals() as should_stop:
         done = learn_folder(
@@ -86,7 +87,7 @@ def learn(
             folder,
             method=method,
             backbone=backbone,
-            settings=assignments(changes or []),
+            settings=given,
             name=name,
             existing=existing.value,
             holdout=holdout,
@@ -98,12 +99,23 @@ def learn(
             should_stop=should_stop,
         )
     if as_json:
-        print(json.dumps({"model": str(model), "checksum": done.file.checksum, **done.lesson.model_dump()}))
+        print(
+            json.dumps(
+                {
+                    "model": str(model),
+                    "checksum": done.file.checksum,
+                    "lessons_left": done.left,
+                    **done.lesson.model_dump(),
+                }
+            )
+        )
         return
     if done.before:
         note(f"{model} had learned this already, before it was interrupted")
-    for line in lesson_lines(done.lesson, len(done.file.lessons), len(done.file.classes)):
+    for line in lesson_lines(done):
         print(line)
+    if len(done.file.lessons) == 1 and (usual := usual_line(done.file.method, given)):
+        print(usual)
     print(f"written to {model}")
 
 
@@ -200,7 +212,8 @@ def inspect(model: Model, as_json: Json = False) -> None:
     file = ModelFile.read(model)
     known: dict[str, Any] = {"model": str(model), "bytes": model.stat().st_size, **facts(file)}
     try:
-        known["room"] = room(ContinualModel.load(file))
+        kept = ContinualModel.load(file)
+        known["room"], known["lessons_left"] = room(kept), kept.model.tasks_left
     except LaminaError as error:  # the backbone is not to be had here, or is another
         known["room"], known["room_unknown"] = [], str(error)
     if as_json:

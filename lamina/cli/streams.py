@@ -110,8 +110,11 @@ def report(
     from lamina.results.records import find_records
     from lamina.results.report import write_report
     from lamina.results.tables import COLUMNS, headline
+    from lamina.runs import unfinished
 
     records = find_records(folders)
+    for folder in unfinished(folders):
+        note(f"left out, not finished: {folder}; go on with `lamina resume {folder}`")
     wanted = COLUMNS if columns is None else [name.strip() for name in columns.split(",")]
     headline(records, wanted)  # so that a wrong column is found before anything is written
     page = out or (folders[0] if folders[0].is_dir() else folders[0].parent) / "report.html"
@@ -127,9 +130,12 @@ def _show(records: list[Any], as_json: bool, place: Path, columns: Sequence[str]
         return
     from lamina.results.tables import COLUMNS, headline, protocol_line
 
-    print_table(headline(records, columns or COLUMNS))
-    for line in dict.fromkeys(protocol_line(record) for record in records):
-        print(line)
+    streams = list(dict.fromkeys(record.stream for record in records))
+    for stream in streams:
+        own = [record for record in records if record.stream == stream]
+        print_table(headline(own, columns or COLUMNS), title=stream if len(streams) > 1 else None)
+        for line in dict.fromkeys(protocol_line(record) for record in own):
+            print(line)
     if len(records) == 1 and records[0].old_drift:
         print(
             f"old features moved by {percent(records[0].old_drift[-1][-1])} of their spread "

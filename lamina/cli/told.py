@@ -2,27 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lamina.cli.shared import print_table
 
 
-def lesson_lines(lesson: Any, lessons: int, classes: int) -> Iterator[str]:
-    """Say in a few lines what came of a lesson."""
+def lesson_lines(done: Any) -> Iterator[str]:
+    """Say in a few lines what came of a lesson: a `lamina.lessons.Learned`."""
     from lamina.confidence import FEW
     from lamina.text import printable
 
+    lesson, file = done.lesson, done.file
     named = f" ({printable(lesson.name)})" if lesson.name else ""
     skipped = f", {lesson.skipped} skipped" if lesson.skipped else ""
-    yield f"lesson {lessons}{named}: {', '.join(map(printable, lesson.classes))}"
-    yield f"learned from {images(lesson.images)}, {lesson.held_out} held out{skipped}; classes in all: {classes}"
+    yield f"lesson {len(file.lessons)}{named}: {', '.join(map(printable, lesson.classes))}"
+    known = f"classes in all: {len(file.classes)}"
+    yield f"learned from {images(lesson.images)}, {lesson.held_out} held out{skipped}; {known}"
     if lesson.accuracy is not None:
         yield f"accuracy on the images held out, choosing among all classes: {100 * lesson.accuracy:.1f} %"
     if lesson.held_out < FEW:
         yield f"with fewer than {FEW} images held out, probabilities and novelty are rough"
     if lesson.drift is not None:
         yield moved_line(lesson.drift)
+    if done.left is not None:
+        yield room_line(file.method, done.left)
+
+
+def usual_line(method: str, given: Mapping[str, Any]) -> str:
+    """Say which settings of a method are for lessons other than its defaults; nothing where none has an effect."""
+    from lamina.continual import lesson_settings
+    from lamina.registry import method_class
+
+    usual = lesson_settings(method)
+    idle = method_class(method)(**{**usual, **given}).idle()
+    said = [f"{name}={json.dumps(value)}" for name, value in usual.items() if name not in {*idle, *given}]
+    return f"settings for lessons: {', '.join(said)}" if said else ""
+
+
+def room_line(method: str, lessons: int) -> str:
+    """Say how many more lessons a model that can hold so many and no more has room for."""
+    if not lessons:
+        return f"room for new tasks: none is left, so {method} can take no further lesson"
+    return f"room for new tasks: {lessons} more {'lesson' if lessons == 1 else 'lessons'}"
 
 
 def images(count: int) -> str:
@@ -81,8 +104,10 @@ def print_inspected(known: dict[str, Any], file: Any) -> None:
         print_table(_rooms(known["room"], last), title="room for new tasks, by block")
     elif "room_unknown" in known:
         print(f"room for new tasks: unknown, {printable(known['room_unknown'])}")
-    else:
+    elif known["lessons_left"] is None:
         print(f"room for new tasks: {file.method} limits no step")
+    if known.get("lessons_left") is not None:
+        print(room_line(file.method, known["lessons_left"]))
     if last is not None:
         print(moved_line(last))
 

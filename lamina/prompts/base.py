@@ -37,6 +37,11 @@ class PromptModule(nn.Module):
         """How many prompts there are to choose from: `PromptPass.chosen` numbers them from 0; 0 without a pool."""
         return 0
 
+    @property
+    def tasks_left(self) -> int | None:
+        """How many more tasks there is room for; None where nothing limits them."""
+        return None
+
     def check(self, tasks: Sequence[Task]) -> None:
         """Make sure that there is room for all tasks of a run; called before the first is learned.
 

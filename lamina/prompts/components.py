@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -58,6 +59,15 @@ class ComponentPrefixes(PromptModule):
         """How many components there can be in all: rows, of prefixes or of keys, that are orthogonal to each other."""
         return min(self.features, torch.Size(self.shape).numel())
 
+    @property
+    def tasks_left(self) -> int:
+        """How many more tasks find room; the last of them may get fewer components."""
+        return math.ceil((self.room - self._there) / self.components)
+
+    @property
+    def _there(self) -> int:
+        return sum(part.shape[1] for part in self.keys)
+
     def check(self, tasks: Sequence[Task]) -> None:
         """Refuse more tasks than all of `components` have room for.
 
@@ -78,7 +88,7 @@ class ComponentPrefixes(PromptModule):
         Raises:
             ConfigError: when there is none left.
         """
-        there, room = sum(part.shape[1] for part in self.keys), self.room
+        there, room = self._there, self.room
         count = min(self.components, room - there)
         if count < 1:
             raise ConfigError(

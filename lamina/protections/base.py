@@ -81,11 +81,12 @@ class Protection(Watcher):
     measures: int = 0
     of_images: bool = False
 
-    def check(self, tasks: Sequence[Task]) -> None:
+    def check(self, tasks: Sequence[Task], processes: int = 1) -> None:
         """Make sure that it can take tasks which are to come, with their images; called before one is learned.
 
         Args:
             tasks: all tasks of a run, or the one that a lesson brings.
+            processes: that learn together.
 
         Raises:
             ConfigError: when it cannot.

@@ -53,7 +53,7 @@ class SampleSubspace(Subspace):
         self.before: Tensor | None = None
         self.held: dict[int, float] = {}
 
-    def check(self, tasks: Sequence[Task]) -> None:
+    def check(self, tasks: Sequence[Task], processes: int = 1) -> None:
         for task in tasks:
             if len(task.train) < self.measures:
                 raise ConfigError(
@@ -61,6 +61,11 @@ class SampleSubspace(Subspace):
                     f"backbone has channels, {self.measures}; task {task.index + 1} has {len(task.train)}: take "
                     'space="feature", or fewer and larger tasks'
                 )
+        if processes > 1:
+            raise ConfigError(
+                f'space="sample" compares the images of a task with each other, so one process has to see them all; '
+                f'got {processes}: take devices=1 or space="feature"'
+            )
 
     @torch.no_grad()
     def measure(self, model: PromptedModel, batches: Sequence[Batch], reduce: Reduce) -> None:

@@ -141,7 +141,7 @@ class Trainer:
         if prompts is not None:
             prompts.check(stages)
         for protection in self.learner.protections:
-            protection.check(stages)
+            protection.check(stages, self.fabric.world_size)
 
     def _stages(self, stream: Stream) -> list[Task]:
         return [stream.merged()] if self.learner.at_once else list(stream)

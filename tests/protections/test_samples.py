@@ -302,6 +302,15 @@ def test_tasks_with_fewer_images_than_channels_are_refused_before_they_are_learn
     )
 
 
+def test_several_processes_are_refused_before_anything_is_learned(model):
+    with pytest.raises(ConfigError) as error:
+        protection(model).check([SimpleNamespace(index=0, train=range(24))], 2)
+    assert str(error.value) == (
+        'space="sample" compares the images of a task with each other, so one process has to see them all; got 2: '
+        'take devices=1 or space="feature"'
+    )
+
+
 # ── what is remembered ───────────────────────────────────────────────────────────────────────────────
 
 
