@@ -24,8 +24,8 @@ _OLD_FILES = ("open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth", "pyt
 _BROKEN = (OSError, RuntimeError, ValueError, KeyError, AttributeError, EOFError, StopIteration, SafetensorError)
 
 
-def load_clip(name: str, rest: str, *, dtype: torch.dtype) -> tuple[ClipImageTower, TextSide, dict[str, Any]]:
-    """Load the two towers of a CLIP model, and the pixels that it takes.
+def load_clip(name: str, rest: str, *, dtype: torch.dtype) -> tuple[ClipImageTower, dict[str, Any]]:
+    """Load the two towers of a CLIP model, one as `text` of the other, and the pixels that they take.
 
     Args:
         name: the backbone's, for messages.
@@ -59,7 +59,7 @@ def load_clip(name: str, rest: str, *, dtype: torch.dtype) -> tuple[ClipImageTow
 
 def _towers(
     name: str, model: Any, config: dict[str, Any], pixels: dict[str, Any], dtype: torch.dtype
-) -> tuple[ClipImageTower, TextSide, dict[str, Any]]:
+) -> tuple[ClipImageTower, dict[str, Any]]:
     height, width = model.visual.image_size
     if height != width:
         raise UnsupportedBackbone(f"{name} takes pictures of {height} x {width}; lamina shows square ones alone")
@@ -69,7 +69,7 @@ def _towers(
         raise ConfigError(f"{name} knows {model.vocab_size} words, fewer than its tokenizer's {tokenizer.vocab_size}")
     scale, bias = model.logit_scale.exp().item(), model.logit_bias
     tower = ClipImageTower(model, dtype=dtype)
-    side = TextSide(TextTower(model, dtype=dtype), tokenizer, scale, None if bias is None else bias.item())
+    tower.text = TextSide(TextTower(model, dtype=dtype), tokenizer, scale, None if bias is None else bias.item())
     shown = {
         "size": width,
         "mean": tuple(pixels.get("mean", open_clip.OPENAI_DATASET_MEAN)),
@@ -77,7 +77,7 @@ def _towers(
         "interpolation": pixels.get("interpolation", "bicubic"),
         "crop_pct": 1.0,  # also where the weights saw pictures squeezed into a square
     }
-    return tower, side, shown
+    return tower, shown
 
 
 def _plain(model_name: str) -> str:

@@ -5,7 +5,7 @@ timm:NAME.TAG       a timm model with its published weights, fetched once and th
 timm:NAME@PATH      the same architecture with weights from a local file
 timm:NAME@random    the same architecture untrained, for measuring speed
 
-Both towers of a CLIP model, the text side beside the image tower; published weights are kept by open_clip:
+Both towers of a CLIP model, the text side as `Tower.text` of the image tower; published weights are kept by open_clip:
 
 open_clip:MODEL:TAG             an open_clip model with published weights
 open_clip:MODEL:PATH            the same with weights from a local file; whether they want QuickGELU, only you know
@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import timm
 import torch
@@ -29,9 +29,6 @@ from timm.models.vision_transformer import VisionTransformer
 from lamina.backbones.timm_vit import TimmTower
 from lamina.backbones.tower import Tower
 from lamina.errors import ConfigError, UnsupportedBackbone, unknown
-
-if TYPE_CHECKING:
-    from lamina.backbones.clip import TextSide
 
 BUNDLED = Path(__file__).parent / "bundled"
 
@@ -44,13 +41,11 @@ class Backbone:
         name: as given.
         tower: frozen, in the dtype asked for.
         pixels: size, mean, std, interpolation and crop_pct, as in timm's data configuration.
-        text: the text side of a CLIP model, None for any other.
     """
 
     name: str
     tower: Tower
     pixels: dict[str, Any]
-    text: TextSide | None = None
 
 
 def bundled_names() -> list[str]:
@@ -73,8 +68,8 @@ def load_backbone(name: str, *, dtype: torch.dtype = torch.float32) -> Backbone:
     if family == "open_clip" and rest:
         from lamina.backbones.clip_load import load_clip  # only here: its import takes a while
 
-        tower, text, shown = load_clip(name, rest, dtype=dtype)
-        return Backbone(name, tower, shown, text)
+        tower, shown = load_clip(name, rest, dtype=dtype)
+        return Backbone(name, tower, shown)
     if family == "lamina" and colon:
         model = _bundled(name, rest)
     elif family == "timm" and rest:

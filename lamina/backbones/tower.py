@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from torch.nn import functional as F
 
 from lamina.backbones.attention import attend, attention_weights
 from lamina.errors import ShapeError
+
+if TYPE_CHECKING:
+    from lamina.backbones.clip import TextSide
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,7 @@ class Tower(nn.Module):
         readout: the rows of the frozen sequence that `pool` reads; None when it may read all of them, or when each
             input has a row of its own (`picks`).
         slots: where prompt slots sit: None = appended, a slice = inside the sequence (text towers).
+        text: the text side of a CLIP model, whose features live in the same space; None for any other.
     """
 
     width: int
@@ -165,6 +169,7 @@ class Tower(nn.Module):
     fingerprint: str
     readout: slice | None = None
     slots: slice | None = None
+    text: TextSide | None = None
 
     def embed(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the sequence (B, N, D) that enters block 0 and an additive mask (N, N) or None."""

@@ -65,8 +65,8 @@ def refused(name, kind=ConfigError):
 
 def is_the_model(backbone, kind="plain"):
     close(backbone.tower(images()).features, clip(kind).encode_image(images()))
-    close(backbone.text.tower(ids()).features, clip(kind).encode_text(ids()))
-    assert backbone.text.logit_scale == pytest.approx(clip(kind).logit_scale.exp().item())
+    close(backbone.tower.text.tower(ids()).features, clip(kind).encode_text(ids()))
+    assert backbone.tower.text.logit_scale == pytest.approx(clip(kind).logit_scale.exp().item())
 
 
 # ── what can be loaded ─────────────────────────────────────────────────────────────────────────────
@@ -76,8 +76,8 @@ def is_the_model(backbone, kind="plain"):
 def test_a_tag_gives_both_towers_and_the_pixels_that_they_were_trained_on(model, tag, kind):
     backbone = load_backbone(f"open_clip:{model}:{tag}")
     is_the_model(backbone, kind)
-    assert isinstance(backbone.tower, ClipImageTower) and isinstance(backbone.text, TextSide)
-    assert isinstance(backbone.text.tower, TextTower) and backbone.text.logit_bias is None
+    assert isinstance(backbone.tower, ClipImageTower) and isinstance(backbone.tower.text, TextSide)
+    assert isinstance(backbone.tower.text.tower, TextTower) and backbone.tower.text.logit_bias is None
     assert backbone.name == f"open_clip:{model}:{tag}"
     assert backbone.pixels == {
         "size": 32,
@@ -86,7 +86,7 @@ def test_a_tag_gives_both_towers_and_the_pixels_that_they_were_trained_on(model,
         "interpolation": "bilinear",
         "crop_pct": 1.0,
     }
-    assert torch.equal(backbone.text.tokenizer(["a photo of a cat.", "x"]), ids("a photo of a cat.", "x"))
+    assert torch.equal(backbone.tower.text.tokenizer(["a photo of a cat.", "x"]), ids("a photo of a cat.", "x"))
 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "weights.pt", "a:b@c.bin"])
@@ -98,9 +98,9 @@ def test_a_local_file_gives_the_model(tmp_path, file):
     is_the_model(backbone)
     assert backbone.pixels["mean"] == open_clip.OPENAI_DATASET_MEAN and backbone.pixels["interpolation"] == "bicubic"
     half = load_backbone(f"open_clip:tiny:{path}", dtype=torch.bfloat16)
-    assert half.tower.dtype == half.text.tower.dtype == torch.bfloat16
+    assert half.tower.dtype == half.tower.text.tower.dtype == torch.bfloat16
     assert half.tower.fingerprint == backbone.tower.fingerprint
-    assert half.text.tower.fingerprint == backbone.text.tower.fingerprint
+    assert half.tower.text.tower.fingerprint == backbone.tower.text.tower.fingerprint
 
 
 def test_a_model_with_a_text_module_of_its_own_is_built_as_one(tmp_path):
@@ -140,16 +140,16 @@ def test_an_untrained_model_is_the_same_every_time_and_draws_nothing():
     assert (
         first.tower.fingerprint == again.tower.fingerprint != load_backbone("open_clip:tiny:good_one").tower.fingerprint
     )
-    assert first.text.logit_scale == pytest.approx(1 / 0.07)
+    assert first.tower.text.logit_scale == pytest.approx(1 / 0.07)
 
 
 def test_a_bias_of_logits_is_told():
     open_clip.factory._MODEL_CONFIGS["tiny"] = {**CONFIG, "init_logit_bias": -10.0}
-    assert load_backbone("open_clip:tiny@random").text.logit_bias == -10.0
+    assert load_backbone("open_clip:tiny@random").tower.text.logit_bias == -10.0
 
 
 def test_other_backbones_have_no_text_side():
-    assert load_backbone("lamina:vit-nano").text is None
+    assert load_backbone("lamina:vit-nano").tower.text is None
 
 
 def test_nothing_is_said_and_loggers_stay_as_they_were(capfd, recwarn):
