@@ -18,8 +18,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from lamina import catalogue
 from lamina.errors import ConfigError, DataError, LaminaError, unknown
-from lamina.registry import method_class
+from lamina.registry import default_backbone, method_class
 from lamina.results.records import Record, read_records
 from lamina.results.tables import aggregate, show, spread, to_markdown
 from lamina.storage import write_whole
@@ -203,6 +204,38 @@ def pool_costs(values: Mapping[str, Any]) -> str:
     return "\n".join(lines) + f"\n\n{said}; {tail}.\n"
 
 
+def methods(results: Path, backbone: str) -> str:
+    """Return the Markdown table of all methods that have a backbone where none is asked for: what each is, how good.
+
+    Accuracies are those of recipes on `METHODS_ON`, from every file of results that holds such runs.
+    """
+    found: dict[tuple[str, int], Record] = {}
+    for name in RECORDS:
+        path = results / f"{name}.json"
+        for record in read_records(path) if path.exists() else ():
+            if name == METHODS_ON or _is_of_recipe(record):
+                found.setdefault((record.method, record.seed), record)
+    rows = []
+    for row in catalogue.rows("methods"):
+        runs = [record for (method, _), record in found.items() if method == row["method"]]
+        if default_backbone(method_class(row["method"])) == backbone:
+            mean = fmean(run.metrics["accuracy"] or 0.0 for run in runs) if runs else -1.0
+            said = CELLS["accuracy"].show([run.metrics["accuracy"] or 0.0 for run in runs]) if runs else "not yet run"
+            rows.append((-mean, f"| `{row['method']}` | {row['what it is']} | {said} | {len(runs)} |"))
+    lines = ["| method | what it is | accuracy (%) | n |", "|---|---|---:|---:|", *(line for _, line in sorted(rows))]
+    used = [record for record in found.values() if record.backbone["name"] == backbone]
+    return "\n".join(lines) + f"\n\n`{METHODS_ON}`. {caption(used)}\n" if used else "\n".join(lines) + "\n"
+
+
+def _is_of_recipe(record: Record) -> bool:
+    """Say whether a run was one of its method's recipe, with nothing changed."""
+    return record.stream == METHODS_ON and "online" not in record.protocol and " --set " not in record.command
+
+
+#: where the accuracies of the table of methods come from: a stream, and files of results
+METHODS_ON, RECORDS = "tiny-odd-10", ("tiny-odd-10", "pools", "clip")
+#: tables of methods -> the backbone of theirs
+BACKBONES = {"methods": "lamina:vit-nano", "methods for CLIP": "lamina:clip-nano"}
 #: file of results -> what makes a table of it
 SHOWN: dict[str, Callable[[Any], str]] = {
     "long-streams": long_streams,
@@ -251,10 +284,12 @@ def rewrite(text: str, results: Path) -> tuple[str, list[str]]:
             body = experiment(study, part, STUDIES[group], more)
         elif name in SHOWN:
             body = SHOWN[name](json.loads((results / f"{name}.json").read_text()))
+        elif name in BACKBONES:
+            body = methods(results, BACKBONES[name])
         elif name in TABLES:
             body = table(read_records(results / TABLES[name].file), TABLES[name].columns)
         else:
-            raise ConfigError(unknown("table", name, [*TABLES, *SHOWN]))
+            raise ConfigError(unknown("table", name, [*TABLES, *SHOWN, *BACKBONES]))
         if body != block["body"]:
             changed.append(name)
         return f"{block[1]}{body}{block[4]}"

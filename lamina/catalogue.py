@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from lamina.config import read_toml
 from lamina.errors import ConfigError, unknown
-from lamina.registry import method_class, method_names
+from lamina.registry import default_backbone, method_class, method_names
 
 
 def rows(kind: str) -> list[dict[str, Any]]:
@@ -82,7 +82,11 @@ def _methods() -> list[dict[str, Any]]:
 def _streams() -> list[dict[str, Any]]:
     from lamina.data.streams import STREAMS
 
-    return [{"stream": name, "what it is": row.description} for name, row in STREAMS.items()]
+    several = "the tasks of A, then those of B, or of more; in a PATH, a plus is written twice"
+    return [
+        *({"stream": name, "what it is": row.description} for name, row in STREAMS.items()),
+        {"stream": "A+B", "what it is": several},
+    ]
 
 
 def _backbones() -> list[dict[str, Any]]:
@@ -122,7 +126,7 @@ def _recipes() -> list[dict[str, Any]]:
         found.append(
             {
                 "recipe": f"{path.parent.name}/{path.stem}",
-                "backbone": recipe.get("backbone", "lamina:vit-nano"),
+                "backbone": recipe.get("backbone") or default_backbone(method_class(recipe["method"])),
                 "what it is": path.read_text().splitlines()[0].lstrip("# "),
                 "ran": "not yet" if "ours: not yet run" in path.read_text() else "yes",
             }

@@ -24,13 +24,14 @@ from lamina.data.stream import Stream, Task
 from lamina.data.transforms import InputSpec, Transform, transform
 from lamina.drift import lesson_drift
 from lamina.errors import ConfigError, DataError, LaminaError, ModelFileError
+from lamina.heads.base import Head
 from lamina.heads.moments import ClassStatistics
-from lamina.learner import Learner
-from lamina.model import Batch, PromptedModel
+from lamina.learner import Learner, check_lessons
+from lamina.model import Batch, Output, PromptedModel
 from lamina.modelfile import ModelFile
-from lamina.registry import method_class
+from lamina.registry import default_backbone, method_class
 from lamina.seeds import seed_at
-from lamina.training.evaluation import scores
+from lamina.training.evaluation import averaged, scores
 from lamina.training.feed import Feed
 from lamina.training.launch import Precision, tower_dtype
 from lamina.training.progress import Progress
@@ -52,7 +53,7 @@ class ContinualModel:
     """A frozen backbone, a method, and what it has learned so far.
 
     Args:
-        method, backbone: names, as in `lamina list`.
+        method, backbone: names, as in `lamina list`; None takes the method's own backbone.
         settings: of the method; what is not given is as `lesson_settings` or its defaults have it.
         seed: of everything random in training.
         precision: of the frozen tower.
@@ -65,14 +66,13 @@ class ContinualModel:
         spec: the pixels that the backbone takes.
 
     Raises:
-        ConfigError: when a name or a setting is wrong, the method cannot learn in lessons, or what it says of an image
-            depends on others.
+        ConfigError: when a name or a setting is wrong, or the method cannot learn in lessons (`check_lessons`).
     """
 
     def __init__(
         self,
         method: str = "strata",
-        backbone: str = "lamina:vit-nano",
+        backbone: str | None = None,
         *,
         settings: Mapping[str, Any] | None = None,
         seed: int = 0,
@@ -86,7 +86,7 @@ class ContinualModel:
         self.fabric = Fabric(accelerator=accelerator, devices=1)
         dtype = tower_dtype(precision, self.fabric.device)
         self.precision = str(dtype).removeprefix("torch.")
-        self.backbone = load_backbone(backbone, dtype=dtype)
+        self.backbone = load_backbone(backbone or default_backbone(method_class(method)), dtype=dtype)
         self.spec = InputSpec(**self.backbone.pixels)
         self.run: dict[str, Any] = {}
         self.lessons: tuple[Lesson, ...] = ()
@@ -96,17 +96,7 @@ class ContinualModel:
                 built = self._fresh()[0]
         except RuntimeError as error:
             raise ConfigError(f"{method} cannot be made with these settings: {str(error).splitlines()[0]}") from None
-        if built.at_once:
-            raise ConfigError(f"{method} learns all classes at once, so it cannot take lessons; choose another one")
-        if built.model.transductive:
-            raise ConfigError(
-                "what a kept model says of an image must not depend on the other images of a batch; with "
-                f"selection=batch what {method} says does: take selection=image, or measure it by `lamina run`"
-            )
-        if any(protection.of_images for protection in built.protections):
-            raise ConfigError(
-                f"a model file holds nothing of single images; with space=sample {method} would: take space=feature"
-            )
+        check_lessons(method, built)
         if not _empty:
             self.settings.heed(settings or {}, lesson_settings(method))
             self._use(*self._fresh())
@@ -147,7 +137,7 @@ class ContinualModel:
             accelerator=accelerator,
             _empty=True,
         )
-        found, wanted = out.backbone.tower.fingerprint, file.backbone["fingerprint"]
+        found, wanted = out.backbone.fingerprint, file.backbone["fingerprint"]
         if found != wanted:
             raise ModelFileError(
                 f"the model was learned on {file.backbone['name']} with fingerprint {wanted}; the one found here has "
@@ -205,7 +195,7 @@ class ContinualModel:
         return ModelFile(
             method=self.method,
             settings=self.settings.model_dump(),
-            backbone={"name": self.backbone.name, "fingerprint": self.backbone.tower.fingerprint},
+            backbone={"name": self.backbone.name, "fingerprint": self.backbone.fingerprint},
             precision=self.precision,
             seed=self.seed,
             run={**self.run, "augmentation": self.augmentation},
@@ -218,8 +208,11 @@ class ContinualModel:
     # ── predicting ─────────────────────────────────────────────────────────────────────────────────
 
     @torch.inference_mode()
-    def judge(self, pixels: Tensor) -> Sureness:
+    def judge(self, pixels: Tensor, head: Head | None = None) -> Sureness:
         """Return probabilities and novelty of images (B, 3, size, size), uint8, as `plain` makes them.
+
+        Args:
+            head: from `Head.preview`, for probabilities over further classes, too; novelty is as without them.
 
         Raises:
             ConfigError: when nothing was learned yet.
@@ -228,6 +221,9 @@ class ContinualModel:
             raise ConfigError("this model knows no class yet; let it learn some first")
         logits, features = self._scored(Batch(self.fabric.to_device(self.plain.normalised(pixels))), self.model)
         said = sureness(logits, features, self._gaussians, self.confidence)
+        if head is not None:
+            wider = averaged(Output(head.eval()(features).logits, {})).float() / self.confidence.temperature
+            said = said._replace(probabilities=wider.softmax(-1))
         return Sureness(said.probabilities.cpu(), {name: values.cpu() for name, values in said.novelty.items()})
 
     def _scored(self, batch: Batch, model: PromptedModel) -> tuple[Tensor, Tensor]:
@@ -267,7 +263,7 @@ class ContinualModel:
         identity = {
             "method": self.method,
             "settings": self.settings.model_dump(),
-            "backbone": self.backbone.tower.fingerprint,
+            "backbone": self.backbone.fingerprint,
             "precision": self.precision,
             "augmentation": self.augmentation,
             "images": material.fingerprint,

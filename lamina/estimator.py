@@ -58,7 +58,7 @@ class ContinualClassifier(ClassifierMixin, BaseEstimator):
     everywhere in scikit-learn.
 
     Args:
-        method, backbone: names, as in `lamina list`.
+        method, backbone: names, as in `lamina list`; None takes the method's own backbone.
         settings: of the method; None takes the defaults for lessons. May be changed between calls, which changes the
             settings named and no others.
         seed: of everything random in training, and of which images are kept aside.
@@ -78,7 +78,7 @@ class ContinualClassifier(ClassifierMixin, BaseEstimator):
     def __init__(
         self,
         method: str = "strata",
-        backbone: str = "lamina:vit-nano",
+        backbone: str | None = None,
         settings: Mapping[str, Any] | None = None,
         seed: int = 0,
         precision: Precision = "auto",

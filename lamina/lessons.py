@@ -36,12 +36,14 @@ class Learned(NamedTuple):
     Attributes:
         lesson: its line of the audit trail.
         file: the model file as it is now.
+        texts: what is read of each class of the lesson, by name; empty for a method that reads no names.
         left: how many more lessons there is room for; None where nothing limits them.
         before: the lesson had been finished by an earlier call that could not clean up after itself.
     """
 
     lesson: Lesson
     file: ModelFile
+    texts: dict[str, str]
     left: int | None
     before: bool = False
 
@@ -102,7 +104,7 @@ def learn_folder(
             with cache_in(work):
                 material = _material(folder, model, holdout, skip_broken)
                 if file is not None and done and again and file.lessons[-1].data == material.fingerprint:
-                    return Learned(file.lessons[-1], file, model.model.tasks_left, before=True)
+                    return _learned(file.lessons[-1], file, model, before=True)
                 lesson = model.learn(
                     material,
                     name=name,
@@ -114,7 +116,13 @@ def learn_folder(
                 )
             written = model.file()
             written.write(path)
-        return Learned(lesson, written, model.model.tasks_left)
+        return _learned(lesson, written, model)
+
+
+def _learned(lesson: Lesson, file: ModelFile, model: ContinualModel, before: bool = False) -> Learned:
+    said = {name: model.model.head.says(c) for name, c in zip(lesson.classes, lesson.columns, strict=True)}
+    texts = {name: text for name, text in said.items() if text is not None}
+    return Learned(lesson, file, texts, model.model.tasks_left, before)
 
 
 def _opened(
@@ -143,6 +151,8 @@ def _opened(
             raise ConfigError(
                 f"{path} was begun with {what} {had!r} and keeps it; got {asked!r}. Make another model for it"
             )
+    if settings and "names" in settings:  # descriptions of old classes stay, those of new ones join them
+        settings = {**settings, "names": {**file.settings.get("names", {}), **settings["names"]}}
     return ContinualModel.load(file, settings=settings, precision=precision, accelerator=accelerator)
 
 

@@ -28,9 +28,11 @@ class Watcher:
     Attributes:
         looks_at: "nothing" needs no pass at all, "features" sees pooled features, "probes" sees
             blocks, "queries" sees the frozen tower's features, as prompts that are chosen by them do.
+        looks_ahead: sees a task before it is trained on, and not after.
     """
 
     looks_at: Literal["nothing", "features", "probes", "queries"] = "nothing"
+    looks_ahead: bool = False
 
     def begin_look(self) -> None:
         """Get ready for a pass; whatever an unfinished pass had gathered is thrown away."""

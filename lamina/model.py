@@ -72,7 +72,7 @@ class PromptedModel(nn.Module):
     @property
     def transductive(self) -> bool:
         """Whether the prediction for an image depends on the other images of its batch."""
-        return self.prompts is not None and self.prompts.transductive
+        return self.head.transductive or (self.prompts is not None and self.prompts.transductive)
 
     @property
     def tasks_left(self) -> int | None:
@@ -85,9 +85,14 @@ class PromptedModel(nn.Module):
             self.prompts.begin_task(task.index, task.columns)
         self.head.begin_task(task.index, task.classes, task.columns)
 
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """What names of the frozen towers' parameters begin with."""
+        return tuple(f"{name}." for name, part in self.named_modules() if isinstance(part, Tower))
+
     def learned(self) -> dict[str, Tensor]:
-        """Return everything that is not the frozen tower, by name."""
-        return {name: value for name, value in self.state_dict().items() if not name.startswith("tower.")}
+        """Return everything that is not in a frozen tower, by name."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith(self.towers)}
 
     def query(self, batch: Batch) -> Tensor:
         """Return the features (B, F) by which prompts are chosen: the frozen tower's, in the end or early."""

@@ -14,7 +14,8 @@ from lamina.confidence import SCORES, Confidence, Sureness
 from lamina.continual import ContinualModel
 from lamina.data.folder import labelled_folder
 from lamina.data.incoming import Incoming, batches, expand, incoming
-from lamina.errors import DataError
+from lamina.errors import ConfigError, DataError
+from lamina.heads.base import Head
 from lamina.modelfile import ModelFile
 from lamina.results.assessment import Assessment, assess
 
@@ -58,6 +59,7 @@ def predict(
     top: int = 3,
     batch: int = 64,
     score: str = SCORES[0],
+    also: Sequence[str] = (),
 ) -> Iterator[Prediction]:
     """Yield a prediction per image, in order, while later images are still being decoded.
 
@@ -66,11 +68,43 @@ def predict(
         top: how many classes to name.
         batch: images that go through the model together; it changes the speed, not the result.
         score: which novelty to tell.
+        also: further classes to choose from by their names alone.
+
+    Raises:
+        ConfigError: when `also` is asked of a method that cannot score a class by its name.
     """
-    names, known = model.classes, model.confidence.scale(score) is not None
+    known = model.confidence.scale(score) is not None
+    head = _beside(model, also) if also else None
+    names = [*model.classes, *(name for name in dict.fromkeys(also) if name not in model.classes)]
+    return _predictions(model, arguments, stdin, names, head, known, top=top, batch=batch, score=score)
+
+
+def _beside(model: ContinualModel, names: Sequence[str]) -> Head:
+    """Return a head that scores further classes by their names, behind those that were learned."""
+    head = model.model.head.preview(names)
+    if head is None:
+        raise ConfigError(
+            f"{model.method} needs images of a class, so it cannot tell {', '.join(names)} by name; a model made with "
+            "--method zero-shot, coop or another for CLIP can"
+        )
+    return head
+
+
+def _predictions(
+    model: ContinualModel,
+    arguments: Sequence[str],
+    stdin: Iterable[str] | None,
+    names: Sequence[str],
+    head: Head | None,
+    known: bool,
+    *,
+    top: int,
+    batch: int,
+    score: str,
+) -> Iterator[Prediction]:
     images = incoming(expand(arguments, stdin), model.plain, model.spec.max_side)
     for group in batches(images, batch):
-        said = _said(model, group)
+        said = _said(model, group, head)
         for item in group:
             if item.pixels is None:
                 yield Prediction(item.path, error=item.error)
@@ -82,11 +116,13 @@ def predict(
             yield Prediction(item.path, pairs, new, new > 1 if known else None)
 
 
-def _said(model: ContinualModel, group: Sequence[Incoming]) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+def _said(
+    model: ContinualModel, group: Sequence[Incoming], head: Head | None
+) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     pixels = [item.pixels for item in group if item.pixels is not None]
     if not pixels:
         return
-    said = model.judge(torch.stack(pixels))
+    said = model.judge(torch.stack(pixels), head)
     for place in range(len(pixels)):
         yield said.probabilities[place], {name: values[place] for name, values in said.novelty.items()}
 

@@ -10,7 +10,15 @@ from lamina.errors import ConfigError, unknown
 
 #: name -> "module:Class". Written out, so that a reader can grep it and `--help` need not import torch.
 METHODS: dict[str, str] = {
+    "attriclip": "lamina.methods.attriclip:AttriCLIP",
+    "bayes-prompt": "lamina.methods.bayes_prompt:BayesPrompt",
+    "clip-adapter": "lamina.methods.clip_adapter:ClipAdapter",
+    "clip-nsp2": "lamina.methods.clip_nsp2:CLIPNSP2",
+    "clip-pgp": "lamina.methods.clip_pgp:CLIPPGP",
+    "clip-seq": "lamina.methods.clip_seq:CLIPSeq",
+    "cocoop": "lamina.methods.cocoop:CoCoOp",
     "coda-prompt": "lamina.methods.coda_prompt:CODAPrompt",
+    "coop": "lamina.methods.coop:CoOp",
     "cprompt": "lamina.methods.cprompt:CPrompt",
     "dualprompt": "lamina.methods.dualprompt:DualPrompt",
     "dualprompt-pgp": "lamina.methods.dualprompt_pgp:DualPromptPGP",
@@ -20,13 +28,17 @@ METHODS: dict[str, str] = {
     "l2p-pgp": "lamina.methods.l2p_pgp:L2PPGP",
     "l2p-pp": "lamina.methods.l2p_pp:L2PPP",
     "linear-probe": "lamina.methods.linear_probe:LinearProbe",
+    "maple": "lamina.methods.maple:MaPLe",
     "nearest-mean": "lamina.methods.nearest_mean:NearestMean",
+    "proda": "lamina.methods.proda:ProDA",
+    "proof": "lamina.methods.proof:PROOF",
     "ranpac": "lamina.methods.ranpac:RanPAC",
     "strata": "lamina.methods.strata:Strata",
     "vpt-deep": "lamina.methods.vpt_deep:VPTDeep",
     "vpt-nsp2": "lamina.methods.vpt_nsp2:VPTNSP2",
     "vpt-nsp2-exact": "lamina.methods.vpt_nsp2_exact:VPTNSP2Exact",
     "vpt-pgp": "lamina.methods.vpt_pgp:VPTPGP",
+    "zero-shot": "lamina.methods.zero_shot:ZeroShot",
 }
 
 
@@ -46,6 +58,11 @@ def method_class(name: str) -> Any:
         raise ConfigError(unknown("method", name, table))
     module, _, attribute = table[name].partition(":")
     return getattr(import_module(module), attribute)
+
+
+def default_backbone(kind: Any) -> str:
+    """Return the backbone that a method's settings class has where none is asked for."""
+    return getattr(kind, "backbone", "lamina:vit-nano")
 
 
 def _table() -> dict[str, str]:

@@ -14,13 +14,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lamina.config import Settings, read_toml, write_toml
+from lamina.data.parts import JoinedStream
 from lamina.data.streams import StreamSettings, build_stream
 from lamina.errors import ConfigError, LaminaError, ResumeError
 from lamina.machine import commit, hardware, peak_memory_mb, versions
-from lamina.registry import method_class
+from lamina.registry import default_backbone, method_class
 from lamina.results.metrics import summary
 from lamina.results.records import Record
 
@@ -33,7 +34,7 @@ class RunSettings(Settings):
 
     method: str = Field(description="see `lamina list methods`")
     stream: StreamSettings = Field(description="which images, in which order")
-    backbone: str = Field("lamina:vit-nano", description="see `lamina list backbones`")
+    backbone: str = Field(description="see `lamina list backbones`; what is not given is the method's own")
     seed: int = Field(0, ge=0, description="of everything random in training; the order of classes has its own")
     augmentation: str = Field("crop-flip", description="transform of training images")
     normalization: Literal["backbone", "unit", "half", "imagenet"] = Field(
@@ -55,6 +56,13 @@ class RunSettings(Settings):
     settings: dict[str, Any] = Field(
         default_factory=dict, description="of the method; what is not given keeps its default"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _backbone_of_the_method(cls, values: Any) -> Any:
+        if "method" not in values:
+            return values
+        return {"backbone": default_backbone(method_class(values["method"])), **values}
 
 
 #: what may differ between a run and its continuation without changing what it computes
@@ -264,7 +272,7 @@ def _run(
         "settings": method.model_dump(),
         "precision": str(dtype).removeprefix("torch."),
         "stream fingerprint": stream.fingerprint,
-        "backbone fingerprint": backbone.tower.fingerprint,
+        "backbone fingerprint": backbone.fingerprint,
     }
     trainer = Trainer(
         learner,
@@ -291,13 +299,14 @@ def _run(
         settings=method.model_dump(),
         stream=stream.name,
         stream_fingerprint=stream.fingerprint,
-        backbone={"name": run.backbone, "fingerprint": backbone.tower.fingerprint},
+        backbone={"name": run.backbone, "fingerprint": backbone.fingerprint},
         seed=run.seed,
         order_seed=stream.order_seed,
         protocol={
             "kind": "joint" if learner.at_once else stream.kind,
             **stream.details,
             **({"online": "one pass"} if run.online else {}),
+            **({"memory": str(learner.memory)} if learner.memory is not None else {}),
             "tasks": len(stream),
             "classes": stream.columns,
             "train_images": sum(train),
@@ -314,11 +323,13 @@ def _run(
         matrix=trainer.matrix,
         matrix_task_aware=trainer.matrix_task_aware,
         test_sizes=test,
-        metrics=summary(trainer.matrix, test, trainer.matrix_task_aware),
+        future=trainer.future,
+        calibration=trainer.calibration,
+        metrics=summary(trainer.matrix, test, trainer.matrix_task_aware, trainer.future, trainer.calibration),
         seconds=trainer.seconds,
         peak_memory_mb=peak_memory_mb(fabric.device),
         trainable_parameters=sum(
-            p.numel() for name, p in learner.model.named_parameters() if not name.startswith("tower.")
+            p.numel() for name, p in learner.model.named_parameters() if not name.startswith(learner.model.towers)
         ),
         stored_numbers=sum(
             t.numel() for t in _tensors([learner.model.learned(), *(p.state_dict() for p in learner.protections)])
@@ -330,6 +341,7 @@ def _run(
         command=command,
         drift=trainer.meter.drift if trainer.meter is not None else [],
         usage=trainer.usage,
+        parts={name: list(own) for name, own in stream.parts.items()} if isinstance(stream, JoinedStream) else {},
     )
     if fabric.is_global_zero:
         checkpoint.save_learned(folder, learner.model.learned())

@@ -35,6 +35,19 @@ def cosine(floor: float = 0.0) -> Schedule:
     return lambda progress: floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def by_epoch(schedule: Schedule, epochs: int) -> Schedule:
+    """Let a schedule act once an epoch: all steps of an epoch have what its first one has.
+
+    >>> [round(by_epoch(cosine(), 2)(p), 3) for p in (0.0, 0.49, 0.5, 0.99)]
+    [1.0, 1.0, 0.5, 0.5]
+    """
+    return lambda progress: schedule(_epoch(progress, epochs) / epochs)
+
+
+def _epoch(progress: float, epochs: int) -> int:
+    return math.floor(progress * epochs + 1e-9)  # a step that begins an epoch may be a rounding error before it
+
+
 def cosine_by_epoch(epochs: int) -> Schedule:
     """Let the learning rate fall along a cosine, once an epoch, from 1 to cos(99 pi / 200) in the last one.
 
@@ -47,7 +60,15 @@ def cosine_by_epoch(epochs: int) -> Schedule:
     """
 
     def factor(progress: float) -> float:
-        epoch = math.floor(progress * epochs + 1e-9)  # a step that begins an epoch may be a rounding error before it
-        return math.cos(99 / 200 * math.pi * epoch / max(epochs - 1, 1))
+        return math.cos(99 / 200 * math.pi * _epoch(progress, epochs) / max(epochs - 1, 1))
 
     return factor
+
+
+def warmed(part: float, factor: float, schedule: Schedule) -> Schedule:
+    """Begin with a factor of the learning rate for a part of training, and go through a schedule in the rest of it.
+
+    >>> [round(warmed(0.2, 0.01, cosine())(p), 3) for p in (0.0, 0.19, 0.2, 0.6, 1.0)]
+    [0.01, 0.01, 1.0, 0.5, 0.0]
+    """
+    return lambda progress: factor if progress < part else schedule((progress - part) / (1 - part))

@@ -137,10 +137,7 @@ def test_the_version_is_said():
 
 # ── wrong words ──────────────────────────────────────────────────────────────────────────────────────
 
-KNOWN = (
-    "Known: coda-prompt, cprompt, dualprompt, dualprompt-pgp, joint, l2p, l2p-nsp2, l2p-pgp, l2p-pp, linear-probe, "
-    "nearest-mean, ranpac, strata, vpt-deep, vpt-nsp2, vpt-nsp2-exact, vpt-pgp"
-)
+KNOWN = f"Known: {', '.join(method_names())}"
 SETTINGS = (
     "Known: batch_size, center, epochs, eta1, eta2, gain_control, head, kept, knee, layers, length, ln_correction, lr, "
     "moments, multiple, normalize, parity, temperature, use_b1, use_b2, use_ln_loss, weight_decay"
@@ -180,7 +177,8 @@ SETTINGS = (
         (
             ["run", "vpt-nsp2", "--stream", "digits", "--set", "stream.per_clas=3"],
             "StreamSettings: no setting is called 'per_clas'; did you mean 'per_class'? Known: blurry, "
-            "classes, domains, holdout, name, order, order_seed, per_class, skip_broken, tasks, test_per_class",
+            "classes, domains, duplicates, holdout, name, order, order_seed, per_class, skip_broken, tasks, "
+            "test_per_class",
         ),
         (
             ["run", "nearest-mean", "--stream", "digits", "--tasks", "11"],
@@ -282,7 +280,7 @@ def test_a_run_writes_all_documented_fields_and_json_prints_the_same(finished):
     results = json.loads((folder / "results.json").read_text())
     assert json.loads(out) == results
     documented = Record.__doc__.partition("Attributes:")[2].partition("Raises:")[0]
-    assert len(results) == 25 and all(name in documented for name in results)
+    assert len(results) == 28 and all(name in documented for name in results)
     assert results["command"] == "lamina run nearest-mean " + " ".join(SMALL) + " --out done --json"
     assert (results["method"], results["stream"], results["seed"], results["order_seed"]) == (
         "nearest-mean", "digits", 0, 1993,

@@ -20,6 +20,7 @@ from lamina.protections.null_space import NullSpace
 from lamina.registry import method_class, method_names
 from lamina.training.progress import Progress
 from lamina.training.trainer import Stopped
+from tests.backbones.clips import tiny_clip
 from tests.conftest import make_tiny_vit
 
 FAST = {"epochs": 1, "batch_size": 8, "width": 40}  # applied where a method has such a setting
@@ -54,7 +55,7 @@ def small():
 
     def load(name, dtype):
         with torch.random.fork_rng():
-            return Backbone(name, make_tiny_vit(dtype), pixels)
+            return Backbone(name, tiny_clip(dtype) if "clip" in name else make_tiny_vit(dtype), pixels)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lamina.continual.load_backbone", load)

@@ -70,7 +70,7 @@ class ClipImageTower(Tower):
         self.width, self.depth = side.class_embedding.shape[0], len(self.stack)
         self.features = self.width if side.proj is None else side.proj.shape[1]
         self.size: tuple[int, int] = side.image_size
-        self.dtype, self.normed = dtype, True
+        self.dtype, self.normed, self.joint = dtype, True, True
         self.to(dtype)
         self.freeze()
 
@@ -91,18 +91,30 @@ class ClipImageTower(Tower):
     def pre_norm(self, x: Tensor) -> Tensor:
         return normalised(self.first, x)
 
+    def pre_weight(self) -> Tensor | None:
+        return self.first.weight if isinstance(self.first, nn.LayerNorm) else None
+
     def final_norm(self, x: Tensor) -> Tensor:
         return normalised(self.last, x)
 
     def pool(self, tokens: Tensor) -> Tensor:
         first = tokens[:, 0]
-        return projected(self.final_norm(first), self.projection) if self.normed else first
+        if not self.normed:
+            return first
+        return projected(self.final_norm(first), self.projection if self.joint else None)
 
     def unnormed(self) -> ClipImageTower:
         """Return a tower of the same weights, not copied, read before its final norm and projection: F = D."""
         out = copy.copy(self)
         out.normed, out.features, out.fingerprint = False, self.width, f"{self.fingerprint}-unnormed"
         return out
+
+    def unprojected(self) -> tuple[ClipImageTower, Tensor | None]:
+        if self.projection is None or not (self.normed and self.joint):
+            return self, None
+        out = copy.copy(self)
+        out.joint, out.features, out.fingerprint = False, self.width, f"{self.fingerprint}-unprojected"
+        return out, self.projection
 
 
 def check_image(model: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """Names of backbones to frozen towers.
 
-lamina:NAME         a small backbone of ours that ships with the package
+lamina:NAME         a small backbone of ours that ships with the package; clip-nano is vit-nano with a text side
 timm:NAME.TAG       a timm model with its published weights, fetched once and then kept by timm
 timm:NAME@PATH      the same architecture with weights from a local file
 timm:NAME@random    the same architecture untrained, for measuring speed
@@ -18,19 +18,26 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 from lamina.backbones.timm_vit import TimmTower
 from lamina.backbones.tower import Tower
 from lamina.errors import ConfigError, UnsupportedBackbone, unknown
 
+if TYPE_CHECKING:
+    from lamina.backbones.clip import TextSide
+
 BUNDLED = Path(__file__).parent / "bundled"
+
+#: the smallest image side that open_clip builds, where a text side is all that is wanted
+_NO_IMAGES = {"layers": 0, "width": 64, "image_size": 1, "patch_size": 1}
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,12 @@ class Backbone:
     name: str
     tower: Tower
     pixels: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all weights, those of a text side included."""
+        text = self.tower.text
+        return self.tower.fingerprint if text is None else f"{self.tower.fingerprint}-{text.tower.fingerprint}"
 
 
 def bundled_names() -> list[str]:
@@ -68,10 +81,16 @@ def load_backbone(name: str, *, dtype: torch.dtype = torch.float32) -> Backbone:
     if family == "open_clip" and rest:
         from lamina.backbones.clip_load import load_clip  # only here: its import takes a while
 
-        tower, shown = load_clip(name, rest, dtype=dtype)
-        return Backbone(name, tower, shown)
+        return Backbone(name, *load_clip(name, rest, dtype=dtype))
+    text: TextSide | None = None
+    model: torch.nn.Module
     if family == "lamina" and colon:
-        model = _bundled(name, rest)
+        with torch.random.fork_rng(devices=[]):  # models are built with random weights before they get ours
+            weights, facts = _bundled(name, rest)
+            if "text" in facts:
+                text = _text_side(weights, facts, dtype=dtype)
+                weights, facts = _bundled(name, facts["images"])
+            model = _vit(weights, facts)
     elif family == "timm" and rest:
         model = _timm(name, rest)
     else:
@@ -89,20 +108,49 @@ def load_backbone(name: str, *, dtype: torch.dtype = torch.float32) -> Backbone:
         "interpolation": config["interpolation"],
         "crop_pct": config["crop_pct"],
     }
-    return Backbone(name, TimmTower(model, dtype=dtype), pixels)
+    tower = TimmTower(model, dtype=dtype)
+    tower.text = text
+    return Backbone(name, tower, pixels)
 
 
-def _bundled(name: str, stem: str) -> torch.nn.Module:
-    path = BUNDLED / f"{stem}.safetensors"
-    if name not in bundled_names():
+def _bundled(name: str, stem: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the weights in a file of ours, float32, and what it says of them."""
+    if f"lamina:{stem}" not in bundled_names():
         raise ConfigError(unknown("backbone", name, bundled_names()))
-    with safe_open(path, framework="pt") as file:
+    with safe_open(BUNDLED / f"{stem}.safetensors", framework="pt") as file:
         weights = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 - not a mapping
-        facts = file.metadata()
-    model = VisionTransformer(num_classes=0, **json.loads(facts["architecture"]))
+        facts = {key: json.loads(said) for key, said in file.metadata().items()}
+    return weights, facts
+
+
+def _vit(weights: dict[str, Tensor], facts: dict[str, Any]) -> VisionTransformer:
+    model = VisionTransformer(num_classes=0, **facts["architecture"])
     model.load_state_dict(weights)
-    model.pretrained_cfg = json.loads(facts["pixels"])
+    model.pretrained_cfg = facts["pixels"]
     return model
+
+
+def _text_side(weights: dict[str, Tensor], facts: dict[str, Any], *, dtype: torch.dtype) -> TextSide:
+    """Return the text side that a file of ours holds.
+
+    Args:
+        weights: those of open_clip's `TextTransformer`, its token table as whole numbers (49408, D) and what each row
+            is multiplied by, `token_embedding.scale` (49408, 1): a table of floats would be most of the package.
+        facts: `text`, the configuration of the transformer; `images`, the backbone of ours whose features its own
+            live beside; `logit_scale`.
+    """
+    # only here: their import takes a while
+    from open_clip import CustomTextCLIP, SimpleTokenizer
+
+    from lamina.backbones.clip import TextSide
+    from lamina.backbones.clip_text import TextTower
+
+    weights["token_embedding.weight"] *= weights.pop("token_embedding.scale")
+    features = weights["text_projection"].shape[1]
+    model: Any = CustomTextCLIP(features, _NO_IMAGES, facts["text"])
+    model.text.load_state_dict(weights)
+    tokenizer: Any = SimpleTokenizer(context_length=model.context_length)
+    return TextSide(TextTower(model, dtype=dtype), tokenizer, facts["logit_scale"])
 
 
 def _timm(name: str, rest: str) -> torch.nn.Module:

@@ -119,6 +119,9 @@ class TimmTower(Tower):
     def pre_norm(self, x: Tensor) -> Tensor:
         return normalised(self.model.norm_pre, x)
 
+    def pre_weight(self) -> Tensor | None:
+        return self.model.norm_pre.weight if isinstance(self.model.norm_pre, nn.LayerNorm) else None
+
     def final_norm(self, x: Tensor) -> Tensor:
         return normalised(self.model.norm, x)
 

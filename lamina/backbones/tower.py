@@ -208,9 +208,17 @@ class Tower(nn.Module):
         """Do what the tower does to tokens after the last block, before it pools them."""
         raise NotImplementedError
 
+    def pre_weight(self) -> Tensor | None:
+        """Return what the norm before block 0 multiplies channels by (D,); None where there is none."""
+        return None
+
     def unnormed(self) -> Tower:
         """Return a tower of the same weights, not copied, whose features are read before the final norm."""
         raise NotImplementedError
+
+    def unprojected(self) -> tuple[Tower, Tensor | None]:
+        """Return a tower of the same weights, read before its features are projected, and what projects them (D, F)."""
+        return self, None
 
     def freeze(self) -> None:
         """Take every parameter out of training, for good."""

@@ -59,6 +59,12 @@ def learn(
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Change a setting of the method: layers=4, length=16."),
     ] = None,
+    template: Annotated[
+        str | None, typer.Option(help="For CLIP: what is said of a class, for example 'a sketch of a {}.'; or a set.")
+    ] = None,
+    names: Annotated[
+        Path | None, typer.Option(help='For CLIP: a TOML file of what classes are, n01443537 = "goldfish".')
+    ] = None,
     name: Annotated[str | None, typer.Option(help='What to call this lesson, for example "spring 2026".')] = None,
     existing: Annotated[
         Existing, typer.Option(help="Classes that are known already: refuse, or extend with more examples.")
@@ -75,11 +81,15 @@ def learn(
     A method whose classifier is trained tells the classes of one lesson apart, so it needs at least two; one whose
     classifier is made of statistics (strata, ranpac, nearest-mean, head=statistics) can do with one.
     """
-    from lamina.config import assignments
+    from lamina.config import assignments, read_toml
     from lamina.lessons import learn_folder
     from lamina.training.stopping import stop_signals
 
     given = assignments(changes or [])
+    if template is not None:
+        given["templates"] = template
+    if names is not None:
+        given["names"] = read_toml(names)
     watch = progress_of(as_json)
     with stoppable(typed(), model.with_name(f".{model.name}.learning")), stop_signals() as should_stop:
         done = learn_folder(
@@ -99,16 +109,8 @@ def learn(
             should_stop=should_stop,
         )
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "model": str(model),
-                    "checksum": done.file.checksum,
-                    "lessons_left": done.left,
-                    **done.lesson.model_dump(),
-                }
-            )
-        )
+        said = {"model": str(model), "checksum": done.file.checksum, "texts": done.texts, "lessons_left": done.left}
+        print(json.dumps(said | done.lesson.model_dump()))
         return
     if done.before:
         note(f"{model} had learned this already, before it was interrupted")
@@ -129,6 +131,10 @@ def predict(
     flag_novel: Annotated[
         bool, typer.Option("--flag-novel", help="Mark images that look like nothing that was learned.")
     ] = False,
+    also: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,NAME", help="For CLIP: further classes to choose from, by their names alone."),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images that go through the model together.")] = 64,
     precision: Precision = None,
 ) -> None:
@@ -141,7 +147,8 @@ def predict(
     kept = ContinualModel.load(model, precision=precision)  # type: ignore[arg-type]  # checked where it is used
     if flag_novel and kept.confidence.scale(novelty.value) is None:
         raise ConfigError(f"{model} never had images held out, so nothing says what is new; learn with --holdout 0.1")
-    found = predictions(kept, paths, sys.stdin, top=top, batch=batch, score=novelty.value)
+    further = [part.strip() for part in (also or "").split(",") if part.strip()]
+    found = predictions(kept, paths, sys.stdin, top=top, batch=batch, score=novelty.value, also=further)
     broken = 0
 
     def counted() -> Iterator[Any]:

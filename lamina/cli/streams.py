@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,11 +13,21 @@ import typer
 from lamina.cli.shared import Data, Json, Set, app, note, print_table, progress_of, stoppable, typed
 from lamina.cli.told import percent
 
+#: of the name of a run's folder, in bytes
+_LONGEST = 200
+
+
+#: what the demo compares, and what it does with CLIP
+_DEMO = ("vpt-deep", "vpt-nsp2", "strata", "joint")
+_CLIP_DEMO = ("zero-shot", "coop", "clip-nsp2")
+
 
 @app.command()
 def run(
     method: Annotated[str, typer.Argument(help="A method's name, or a recipe: METHOD/NAME as listed, or a path.")],
-    stream: Annotated[str | None, typer.Option(help="Which images in which order; see `lamina list streams`.")] = None,
+    stream: Annotated[
+        str | None, typer.Option(help="Which images in which order, A or A+B; see `lamina list streams`.")
+    ] = None,
     backbone: Annotated[str | None, typer.Option(help="The frozen model; see `lamina list backbones`.")] = None,
     tasks: Annotated[int | None, typer.Option(help="Number of tasks, if not the stream's own.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of training; the order of classes has its own.")] = None,
@@ -48,9 +59,9 @@ def run(
     given |= {"measure_drift": measure_drift or None, "online": online or None}
     overrides |= {name: value for name, value in given.items() if value is not None}
     settings, used = plan(method, stream, recipe=recipe, overrides=overrides)
-    folder = out or _free(
-        Path("runs") / f"{settings.method}-{settings.stream.name}".replace("/", "_").replace(":", "-")
-    )
+    named = f"{settings.method}-{settings.stream.name}".replace("/", "_").replace(":", "-")
+    # the paths of two data sets may make a longer name than file systems allow
+    folder = out or _free(Path("runs") / os.fsencode(named)[:_LONGEST].decode(errors="ignore"))
     if used is not None and not as_json:
         note(f"recipe {used.parent.name}/{used.name}" + (f": {settings.settings}" if settings.settings else ""))
     with stoppable(f"lamina resume {folder}", folder):
@@ -76,22 +87,25 @@ def resume(
 @app.command()
 def demo(
     out: Annotated[Path | None, typer.Option(help="Folder of the demo's runs; else a new one below runs/.")] = None,
+    clip: Annotated[
+        bool, typer.Option("--clip", help="With CLIP: by the names of digits alone, with learned words, with prompts.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Learn ten digits two at a time, without and with protection, and compare: about four minutes."""
     from lamina.results.report import write_report
     from lamina.runs import complete, plan
 
-    folder = out or _free(Path("runs") / "demo")
-    records = []
-    for method in ("vpt-deep", "vpt-nsp2", "strata", "joint"):
+    folder = out or _free(Path("runs") / ("demo-clip" if clip else "demo"))
+    records, command = [], "lamina demo --clip" if clip else "lamina demo"
+    for method in _CLIP_DEMO if clip else _DEMO:
         settings, _ = plan(method, "digits")
         if not as_json:
             note(
                 f"{method}: five tasks of two digits each" if method != "joint" else f"{method}: all ten digits at once"
             )
-        with stoppable(f"lamina demo --out {folder}", folder):
-            records.append(complete(settings, folder / method, command="lamina demo", progress=progress_of(as_json)))
+        with stoppable(f"{command} --out {folder}", folder):
+            records.append(complete(settings, folder / method, command=command, progress=progress_of(as_json)))
     page = folder / "report.html"
     write_report(records, page)
     _show(records, as_json, page)
@@ -128,12 +142,14 @@ def _show(records: list[Any], as_json: bool, place: Path, columns: Sequence[str]
         values = [record.as_dict() for record in records]
         print(json.dumps(values[0] if len(values) == 1 else values))
         return
-    from lamina.results.tables import COLUMNS, headline, protocol_line
+    from lamina.results.tables import COLUMNS, by_part, headline, protocol_line
 
     streams = list(dict.fromkeys(record.stream for record in records))
     for stream in streams:
         own = [record for record in records if record.stream == stream]
         print_table(headline(own, columns or COLUMNS), title=stream if len(streams) > 1 else None)
+        if each := by_part(own):
+            print_table(each, title="accuracy over test images, of all data sets and of each")
         for line in dict.fromkeys(protocol_line(record) for record in own):
             print(line)
     if len(records) == 1 and records[0].old_drift:

@@ -8,6 +8,9 @@ from typing import Any
 
 from lamina.cli.shared import print_table
 
+#: so many classes are told with what is read of them
+_SHOWN = 3
+
 
 def lesson_lines(done: Any) -> Iterator[str]:
     """Say in a few lines what came of a lesson: a `lamina.lessons.Learned`."""
@@ -26,6 +29,10 @@ def lesson_lines(done: Any) -> Iterator[str]:
         yield f"with fewer than {FEW} images held out, probabilities and novelty are rough"
     if lesson.drift is not None:
         yield moved_line(lesson.drift)
+    if done.texts:
+        shown = [f"{printable(name)} as {text!r}" for name, text in list(done.texts.items())[:_SHOWN]]
+        more = f" and {len(done.texts) - _SHOWN} more" if len(done.texts) > _SHOWN else ""
+        yield f"reads {'; '.join(shown)}{more}"
     if done.left is not None:
         yield room_line(file.method, done.left)
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from lamina.errors import DataError
 
 
 class ImageSet(Protocol):
@@ -31,22 +29,88 @@ class ImageSet(Protocol):
         ...
 
 
+class JoinedImages:
+    """The images of several sources, one source after the other; labels go on counting from source to source.
+
+    Args:
+        sources: two or more.
+    """
+
+    def __init__(self, sources: Sequence[ImageSet]) -> None:
+        self.sources = list(sources)
+        self.starts = np.cumsum([0, *(len(source) for source in self.sources)])
+        labels, above = [], 0
+        for source in self.sources:
+            labels.append(source.labels + above)
+            above = int(labels[-1].max(initial=above - 1)) + 1
+        self.labels = np.concatenate(labels)
+        self.fingerprint = "+".join(source.fingerprint for source in self.sources)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def image(self, index: int) -> Tensor:
+        """Return one image (3, height, width), uint8."""
+        place = int(self._places(np.asarray(index)))
+        return self.sources[place].image(index - int(self.starts[place]))
+
+    def batch(self, indices: np.ndarray) -> Tensor | None:
+        """Return images (b, 3, height, width), uint8; None when they have several sizes or a source gives none so."""
+        places = self._places(indices)
+        found: dict[int, Tensor] = {}
+        for place in np.unique(places).tolist():
+            batch = getattr(self.sources[place], "batch", None)
+            together = batch(indices[places == place] - self.starts[place]) if batch is not None else None
+            if together is None:
+                return None
+            found[place] = together
+        if len({part.shape[1:] for part in found.values()}) != 1:
+            return None
+        out = torch.empty(len(indices), *next(iter(found.values())).shape[1:], dtype=torch.uint8)
+        for place, part in found.items():
+            out[torch.from_numpy(places == place)] = part
+        return out
+
+    def _places(self, indices: np.ndarray) -> np.ndarray:
+        """Return which source each image is of."""
+        return np.searchsorted(self.starts, indices, side="right") - 1
+
+
+class Origin(NamedTuple):
+    """Where images of a split come from: another split, and their positions (k,) in it, int64."""
+
+    split: Split
+    positions: np.ndarray
+
+
 @dataclass(frozen=True)
 class Split:
-    """The images of one task in one role.
+    """The images of one task in one role, or of several tasks where old ones are learned from again.
 
     Attributes:
         images: the source.
         indices: (n,), int64. Which images of the source, in a fixed order.
         columns: (n,), int64. The column of each image's class in the head.
+        origins: the splits that the images were taken from, one after the other; whoever has computed something for
+            those needs not do so again. Empty where the split stands for itself; `dataclasses.replace` forgets them.
     """
 
     images: ImageSet
     indices: np.ndarray
     columns: np.ndarray
+    origins: tuple[Origin, ...] = field(default=(), init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def take(self, positions: np.ndarray) -> Split:
+        """Return the images at some positions (k,), in that order; where they come from is remembered."""
+        few = replace(self, indices=self.indices[positions], columns=self.columns[positions])
+        return few._from((Origin(self, positions),))
+
+    def _from(self, origins: tuple[Origin, ...]) -> Split:
+        object.__setattr__(self, "origins", origins)
+        return self
 
     def some(self, count: int) -> Split:
         """Return at most `count` of the images, spread evenly over the order."""
@@ -115,10 +179,6 @@ class Stream:
 
     def merged(self) -> Task:
         """Return all tasks as one, for the upper bound that sees everything at once."""
-        first = self.tasks[0]
-        for task in self.tasks:
-            if task.train.images is not first.train.images:
-                raise DataError(f"stream {self.name!r} has several sources; its tasks cannot be merged into one")
         classes: dict[int, str] = {}
         for task in self.tasks:
             classes |= dict(zip(task.columns, task.classes, strict=True))
@@ -126,17 +186,29 @@ class Stream:
             index=0,
             classes=[classes[column] for column in sorted(classes)],
             columns=sorted(classes),
-            train=_concatenated([task.train for task in self.tasks]),
-            test=_concatenated([task.test for task in self.tasks]),
+            train=mixed([task.train for task in self.tasks]),
+            test=mixed([task.test for task in self.tasks]),
         )
 
 
-def _concatenated(splits: Sequence[Split]) -> Split:
-    return replace(
-        splits[0],
-        indices=np.concatenate([split.indices for split in splits]),
-        columns=np.concatenate([split.columns for split in splits]),
+def mixed(splits: Sequence[Split]) -> Split:
+    """Return the images of one split or more as one, in their order.
+
+    Images of one source keep their indices. Several sources become one, in the order in which they first come.
+    """
+    filled = [split for split in splits if len(split)]
+    if len(filled) < 2:
+        return (filled or splits)[0]
+    sources = list({id(split.images): split.images for split in filled}.values())
+    images: ImageSet = sources[0] if len(sources) == 1 else JoinedImages(sources)
+    starts = np.cumsum([0, *(len(source) for source in sources)]).tolist()
+    start_of = {id(source): start for source, start in zip(sources, starts, strict=False)}
+    whole = Split(
+        images,
+        np.concatenate([split.indices + start_of[id(split.images)] for split in filled]),
+        np.concatenate([split.columns for split in filled]),
     )
+    return whole._from(tuple(o for split in filled for o in split.origins or (Origin(split, np.arange(len(split))),)))
 
 
 def places(labels: Tensor, columns: Sequence[int]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,18 +15,23 @@ from lamina.data import sources
 from lamina.data.choosing import dealt, first_of_each, parted, with_labels
 from lamina.data.domains import DIGIT_DOMAINS, digit_domains
 from lamina.data.folder import domain_folder_source, folder_source
-from lamina.data.pictures import PixelSet, Source, hashed
-from lamina.data.stream import Split, Stream, Task
+from lamina.data.parts import joined, part_names, refuse_shared, shared_out, unescaped
+from lamina.data.pictures import Source
+from lamina.data.stream import Stream
+from lamina.data.tasks import fingerprint_of, in_columns, refuse_empty
 from lamina.errors import ConfigError, DataError, unknown
 
 
 class StreamSettings(Settings):
     """What a stream is made of. None means: as the named stream has it, see STREAMS."""
 
-    name: str = Field(description="a name in `lamina list streams`, or folder:PATH, or folder-domains:PATH")
+    name: str = Field(
+        description="a name in `lamina list streams`, or folder:PATH, or folder-domains:PATH; or several, A+B"
+    )
     tasks: int | list[int] | None = Field(
         default=None,
-        description="how many tasks, as equal as can be, larger ones first; or the number of classes of each",
+        description="how many tasks, as equal as can be, larger ones first, in each part of a stream A+B; or the "
+        "number of classes of each",
     )
     order_seed: int = Field(default=1993, ge=0, lt=2**32, description="of the order in which classes arrive")
     order: Literal["legacy", "pcg64"] | None = Field(
@@ -52,6 +56,11 @@ class StreamSettings(Settings):
     )
     domains: list[str] | None = Field(
         default=None, description="for a stream of domains: which of them, in this order; None is all, in theirs"
+    )
+    duplicates: Literal["refuse", "merge"] | None = Field(
+        default=None,
+        description="for a stream A+B: what to do with a class whose name two parts have; None is refuse, merge gives "
+        "it one column",
     )
     skip_broken: bool = Field(default=False, description="leave out images that cannot be read")
 
@@ -140,7 +149,7 @@ STREAMS: dict[str, NamedStream] = {
 
 
 def named_stream(name: str) -> tuple[NamedStream, str]:
-    """Return the row for a stream's name, and the path in the name if it has one.
+    """Return the row for the name of a stream, or of a part of one, and the path in the name if it has one.
 
     Raises:
         ConfigError: when nobody knows the name, or the path is missing.
@@ -149,14 +158,14 @@ def named_stream(name: str) -> tuple[NamedStream, str]:
     if (row := STREAMS.get(f"{kind}:PATH")) is not None:
         if path in ("", "PATH"):
             raise ConfigError(f"stream {name!r} needs the path of a folder, as in {kind}:photos/birds")
-        return row, path
+        return row, unescaped(path)
     if name not in STREAMS:
         raise ConfigError(unknown("stream", name, STREAMS))
     return STREAMS[name], ""
 
 
 def resolved(settings: StreamSettings) -> StreamSettings:
-    """Return the settings with what the named stream says in place of every None it has a value for.
+    """Return the settings, of one part, with what the named stream says in place of every None it has a value for.
 
     Raises:
         ConfigError: when nobody knows the name.
@@ -177,22 +186,84 @@ def build_stream(settings: StreamSettings, data: Path | None = None, *, max_side
     In a stream of domains every task has all classes. With `blurry`, a task has classes of other tasks among its
     training images, while its test images stay those of the classes that are at home in it.
 
+    In a stream of several parts, A+B, the tasks of B come after those of A, and its columns after all of A's. Settings
+    hold for each part as if it were alone.
+
     Args:
         data: the folder that data sets lie in; None means LAMINA_DATA, or lamina's cache folder.
         max_side: photos of a `folder:` whose short side is longer are kept shrunk to it.
 
     Raises:
-        ConfigError: when the name is unknown, or the tasks or domains do not fit what there is.
+        ConfigError: when the name is unknown, the tasks or domains do not fit what there is, or two parts have a class
+            of the same name and `duplicates` is not "merge".
         DataError: when the data set is missing or broken, or a class lacks images, in any domain where it has several.
         StorageError: when decoded images fill the disk.
     """
-    row, path = named_stream(settings.name)
-    settings = resolved(settings)
-    source = row.source(path, sources.data_root(data), max_side)
-    homes = _homes(settings, source)
+    parts = _parts(settings, sources.data_root(data), max_side)
+    if len(parts) == 1:
+        if settings.duplicates is not None:
+            raise ConfigError(f"stream.duplicates is for streams of several parts (A+B); {settings.name} is one")
+        return _built(parts[0])
+    if settings.duplicates != "merge":
+        refuse_shared(settings.name, {part.settings.name: part.classes for part in parts})
+    return joined(settings.name, [_built(part) for part in parts])
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A data set and what is taken of it, before anything is decoded.
+
+    Attributes:
+        settings: resolved.
+        homes: the labels that are at home in each task, in the order of their columns.
+    """
+
+    settings: StreamSettings
+    source: Source
+    homes: list[np.ndarray]
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of its classes, in the order of the source."""
+        count = len(self.source.classes)
+        return [self.source.classes[label] for label in np.unique(np.concatenate(self.homes) % count)]
+
+
+def _parts(settings: StreamSettings, root: Path, max_side: int) -> list[_Part]:
+    names = part_names(settings.name)
+    rows = [_row(name, settings.name) for name in names]
+    own = [resolved(settings.model_copy(update={"name": name})) for name in names]
+    found = [_source(row, path, root, max_side) for row, path in rows]
+    if len(names) > 1 and isinstance(settings.tasks, list) and not any(source.domains for source in found):
+        counts = [len(_kept_labels(len(source.classes), each.classes)) for each, source in zip(own, found, strict=True)]
+        sizes = shared_out(settings.tasks, dict(zip(names, counts, strict=True)))
+        own = [each.model_copy(update={"tasks": tasks}) for each, tasks in zip(own, sizes, strict=True)]
+    return [_Part(each, source, _homes(each, source)) for each, source in zip(own, found, strict=True)]
+
+
+def _row(name: str, whole: str) -> tuple[NamedStream, str]:
+    try:
+        return named_stream(name)
+    except ConfigError as error:
+        # a plus of a path, taken for one between parts, leaves the end of the path
+        rule = "; in a path, a plus is written twice, as in folder:a++b" if name != whole and ":" in whole else ""
+        raise ConfigError(f"{error}{rule}") from None
+
+
+def _source(row: NamedStream, path: str, root: Path, max_side: int) -> Source:
+    try:
+        return row.source(path, root, max_side)
+    except DataError as error:
+        rule = "; in the name of a stream, ++ stands for one plus of a path" if "+" in path else ""
+        raise DataError(f"{error}{rule}") from None
+
+
+def _built(part: _Part) -> Stream:
+    """Return the stream of one part: choose its images, decode what is needed."""
+    settings, source, homes = part.settings, part.source, part.homes
     labels = np.sort(np.concatenate(homes))
-    _refuse_empty(settings.name, "training", source, labels, source.train.labels)
-    _refuse_empty(settings.name, "test", source, labels, source.test.labels)
+    refuse_empty(settings.name, "training", source, labels, source.train.labels)
+    refuse_empty(settings.name, "test", source, labels, source.test.labels)
     skip = settings.skip_broken
     train_wanted = first_of_each(source.train.labels, labels, settings.per_class)
     test_wanted = first_of_each(source.test.labels, labels, settings.test_per_class)
@@ -202,19 +273,21 @@ def build_stream(settings: StreamSettings, data: Path | None = None, *, max_side
         train_wanted, test_wanted = parted(tested.labels, train_wanted, settings.holdout)
     train, test = source.train.opened(train_wanted, skip), tested.opened(test_wanted, skip)
     train_good, test_good = np.setdiff1d(train_wanted, train.broken), np.setdiff1d(test_wanted, test.broken)
-    _refuse_empty(settings.name, "readable training", source, labels, train.labels[train_good])
-    _refuse_empty(settings.name, "readable test", source, labels, test.labels[test_good])
+    refuse_empty(settings.name, "readable training", source, labels, train.labels[train_good])
+    refuse_empty(settings.name, "readable test", source, labels, test.labels[test_good])
     if settings.blurry:
         arriving = dealt(train.labels, train_good, homes, settings.blurry, settings.order_seed)
     else:
         arriving = [with_labels(train.labels, train_good, home) for home in homes]
-    tasks = _tasks(source, homes, train, arriving, test, [with_labels(test.labels, test_good, home) for home in homes])
+    tasks = in_columns(
+        source, homes, train, arriving, test, [with_labels(test.labels, test_good, home) for home in homes]
+    )
     kind, details = _kind(settings, source, homes)
     return Stream(
         name=settings.name,
         tasks=tasks,
         order_seed=settings.order_seed,
-        fingerprint=_fingerprint(tasks, train, test),
+        fingerprint=fingerprint_of(tasks, train, test),
         skipped=len(train.broken) + len(test.broken),
         kind=kind,
         details=details,
@@ -272,39 +345,6 @@ def _kind(
     return "class-incremental", {}
 
 
-def _tasks(
-    source: Source,
-    homes: Sequence[np.ndarray],
-    train: PixelSet,
-    arriving: Sequence[np.ndarray],
-    test: PixelSet,
-    tested: Sequence[np.ndarray],
-) -> list[Task]:
-    count = len(source.classes)
-    order = dict.fromkeys((np.concatenate(homes) % count).tolist())
-    columns: dict[int, int] = {}
-    column_of = np.full(count, -1, np.int64)
-    tasks = []
-    for index, (learned, asked) in enumerate(zip(arriving, tested, strict=True)):
-        met = set((train.labels[learned] % count).tolist())
-        for label in order:
-            if label in met:
-                column_of[label] = columns.setdefault(label, len(columns))
-        own = sorted(met, key=columns.__getitem__)
-        at_home = sorted({int(column_of[label % count]) for label in homes[index]})
-        tasks.append(
-            Task(
-                index=index,
-                classes=[source.classes[label] for label in own],
-                columns=[columns[label] for label in own],
-                train=Split(train, learned, column_of[train.labels[learned] % count]),
-                test=Split(test, asked, column_of[test.labels[asked] % count]),
-                home=at_home if len(at_home) < len(own) else (),
-            )
-        )
-    return tasks
-
-
 def _kept_labels(count: int, classes: str | None) -> np.ndarray:
     start, step = {"all": (0, 1), "even": (0, 2), "odd": (1, 2)}[classes or "all"]
     return np.arange(start, count, step)
@@ -331,31 +371,3 @@ def _task_sizes(settings: StreamSettings, count: int) -> list[int]:
     if tasks > count:
         raise ConfigError(f"stream.tasks must be at most the number of classes; {kept}, got {tasks}")
     return [len(part) for part in np.array_split(np.arange(count), tasks)]
-
-
-def _refuse_empty(stream: str, role: str, source: Source, labels: np.ndarray, found: np.ndarray) -> None:
-    empty = np.setdiff1d(labels, found)
-    if not len(empty):
-        return
-    domain, label = divmod(int(empty[0]), len(source.classes))
-    name, more = source.classes[label], len(empty) - 1
-    if source.domains:
-        others = f" (and {more} more such gap{'s' if more > 1 else ''})" if more else ""
-        raise DataError(
-            f"stream {stream!r}: domain {source.domains[domain]!r} has no {role} image of class {name!r}{others}; each "
-            "domain needs images of every class to learn from and to test on: add some, or choose other domains with "
-            "stream.domains"
-        )
-    others = f" (nor do {more} more)" if more else ""
-    raise DataError(
-        f"stream {stream!r}: class {name!r} has no {role} image{others}; every class needs images to learn from and "
-        "images to test on"
-    )
-
-
-def _fingerprint(tasks: Sequence[Task], train: PixelSet, test: PixelSet) -> str:
-    parts: list[str | np.ndarray] = [train.fingerprint, test.fingerprint]
-    for task in tasks:
-        parts.append(json.dumps([list(task.classes), list(task.columns)]))
-        parts += [task.train.indices, task.train.columns, task.test.indices, task.test.columns]
-    return hashed(*parts)

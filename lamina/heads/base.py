@@ -24,7 +24,10 @@ class Head(nn.Module, Watcher):  # in this order: what is remembered is the modu
 
     Attributes:
         statistics: what it keeps of the features of all classes, for others to use; None if it does not.
+        transductive: what it says of an image depends on the other images of its batch.
     """
+
+    transductive: bool = False
 
     @property
     def statistics(self) -> ClassStatistics | None:
@@ -47,6 +50,20 @@ class Head(nn.Module, Watcher):  # in this order: what is remembered is the modu
         head that goes with them says what the logits (B, C) are made of.
         """
         raise NotImplementedError
+
+    def preview(self, classes: Sequence[str]) -> Head | None:
+        """Return a head that scores further classes, too, by their names alone; None for one that needs images.
+
+        It shares what was learned, and is of use until the next step of training.
+
+        Args:
+            classes: names; those that are known already keep their columns, the others are appended in this order.
+        """
+        return None
+
+    def says(self, column: int) -> str | None:
+        """Return what is read of a class, in words; None for a head that reads no names."""
+        return None
 
     def draws(self, per_class: int, *address: int | str) -> tuple[Tensor, Tensor]:
         """Return features (n, F) that stand for images of the classes met so far, and their columns (n,).

@@ -48,6 +48,9 @@ class Subspace(Protection):
             exactly, and weight decay is not projected. For comparison.
         own: rows (..., D) of prompts by block, of which old prompts' sums are made.
         what: what `room` calls the directions.
+        scale: (D,), what a norm between parameters and tokens multiplies channels by. Tokens are multiplied by it, and
+            so are rows of `own`; then a step before the norm is what old tokens do not see, as long as the norm goes on
+            dividing by what it did.
 
     References:
         Qiao et al., Prompt Gradient Projection for Continual Learning, ICLR 2024: the two conditions. Saha et al.,
@@ -66,7 +69,9 @@ class Subspace(Protection):
         apply: Apply = "step",
         own: Callable[[], Mapping[int, Tensor]] | None = None,
         what: str = "channels",
+        scale: Tensor | None = None,
     ) -> None:
+        self.scale = scale
         self.layers, self.hold, self.features = list(layers), hold, features
         self.shape = (heads, width // heads, width // heads)
         self.share, self.apply, self.own, self.what = share, apply, own, what
@@ -101,7 +106,10 @@ class Subspace(Protection):
     def see(self, probe: Probe) -> None:
         if self.features != "frozen" and probe.layer in self.layers:
             rows = probe.inputs[:, None] if self.features == "tokens" else probe.queries  # (B, H, N, d)
-            self._add(probe.layer, rows.transpose(0, 1).flatten(1, 2))
+            self._add(probe.layer, self._scaled(rows.transpose(0, 1).flatten(1, 2)))
+
+    def _scaled(self, rows: Tensor) -> Tensor:
+        return rows if self.scale is None else rows * self.scale.to(rows)
 
     def collect(self, features: Tensor, columns: Tensor) -> None:
         if self.features == "frozen":
@@ -117,7 +125,7 @@ class Subspace(Protection):
         for i, draft in self._draft.items():
             moment = reduce(draft)
             if i in own:  # the same in every process, so it is added once they have shared theirs
-                moment = moment + second_moment(own[i].reshape(1, -1, self.shape[-1]))
+                moment = moment + second_moment(self._scaled(own[i].reshape(1, -1, self.shape[-1])))
             moment = (moment + moment.mT) / 2  # exactly symmetric: half of it is all that a file must hold
             old = self.moments.get(i, torch.zeros(self.shape, dtype=moment.dtype))
             self.moments[i] = old.to(moment) + moment  # what was read from a file may be on another device

@@ -11,12 +11,13 @@ References:
     Lopez-Paz and Ranzato, Gradient Episodic Memory for Continual Learning, NeurIPS 2017.
     Rebuffi et al., iCaRL: Incremental Classifier and Representation Learning, CVPR 2017.
     Chaudhry et al., Riemannian Walk for Incremental Learning, ECCV 2018, equation 3.
+    Zheng et al., Preventing Zero-Shot Transfer Degradation in Continual Learning of Vision-Language Models, ICCV 2023.
     Díaz-Rodríguez et al., Don't forget, there is more than forgetting, NeurIPS workshop 2018.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -51,6 +52,28 @@ def weighted_accuracy(rows: Rows, sizes: Sequence[int]) -> float:
     if not (images > 0).all():
         raise DataError(f"every task needs at least one test image; got sizes {list(sizes)}")
     return float(np.average(last, weights=images))
+
+
+def part_accuracies(rows: Rows, sizes: Sequence[int], parts: Mapping[str, Sequence[int]]) -> dict[str, float | None]:
+    """Return the share of the test images of each part of a stream that the last row gets right, by its name.
+
+    Σ_i n_i · a[T-1][i] / Σ_i n_i over the part's own tasks i; the columns to choose from are those of all parts. None
+    for a part that the last row does not reach.
+
+    Args:
+        rows: the accuracy matrix.
+        sizes: test images per task (n).
+        parts: the name of each part, and which tasks are its own.
+
+    >>> part_accuracies([[0.9], [0.5, 0.8], [0.4, 0.7, 1.0]], [10, 20, 5], {"a": [0, 1], "b": [2]})
+    {'a': 0.6, 'b': 1.0}
+    """
+    last = check(rows)[-1]
+    met = {name: [task for task in tasks if task < len(last)] for name, tasks in parts.items()}
+    return {
+        name: weighted_accuracy([[last[task] for task in tasks]], [sizes[task] for task in tasks]) if tasks else None
+        for name, tasks in met.items()
+    }
 
 
 def average_accuracy(rows: Rows, compat: str | None = None) -> float:
@@ -172,7 +195,30 @@ def forward_transfer(rows: Rows, untrained: Sequence[float]) -> float | None:
     return _mean([rows[task - 1][task] - untrained[task] for task in range(1, tasks)])
 
 
-def summary(rows: Rows, sizes: Sequence[int], task_aware: Rows | None = None) -> dict[str, float | None]:
+def transfer(future: Rows) -> float | None:
+    """Return the mean over tasks i ≥ 1 of the mean over t < i of the accuracy on task i after task t.
+
+    Zheng et al. 2023 call it transfer.
+
+    Args:
+        future: row t holds the accuracies on tasks t + 1, t + 2, ... T - 1; None without rows.
+
+    >>> transfer([[0.5, 0.25], [0.75]])
+    0.5
+    """
+    if not future:
+        return None
+    tasks = len(future) + 1
+    return _mean([_mean([future[t][i - t - 1] for t in range(i)]) for i in range(1, tasks)])
+
+
+def summary(
+    rows: Rows,
+    sizes: Sequence[int],
+    task_aware: Rows | None = None,
+    future: Rows = (),
+    calibration: Sequence[float] = (),
+) -> dict[str, float | None]:
     """Return what `results.json` holds under "metrics"; None where a quantity is not defined.
 
     Args:
@@ -180,6 +226,8 @@ def summary(rows: Rows, sizes: Sequence[int], task_aware: Rows | None = None) ->
         sizes: test images per task.
         task_aware: the matrix when the task of each image is given, of the same shape; None or empty when it
             was not measured.
+        future: accuracies on tasks to come, as in `transfer`.
+        calibration: the expected calibration error after each task.
 
     A run that learns all tasks at once has one row; what compares rows is not defined for it.
 
@@ -194,6 +242,8 @@ def summary(rows: Rows, sizes: Sequence[int], task_aware: Rows | None = None) ->
         "forgetting": forgetting(rows),
         "bwt": backward_transfer(rows),
         "accuracy_task_aware": final_accuracy(task_aware) if task_aware else None,
+        "transfer": transfer(future),
+        "ece": calibration[-1] if calibration else None,
     }
 
 

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, Self
 
 from lamina.errors import DataError, unknown
-from lamina.results.metrics import check
+from lamina.results.metrics import check, part_accuracies
 from lamina.results.written import Written, read_json
 
 VERSION = 1
 METRICS = ("accuracy", "accuracy_weighted", "average_accuracy", "forgetting", "bwt", "accuracy_task_aware")
+#: which records from before they were measured lack
+LATER = ("transfer", "ece")
 PHASES = ("train", "look_back", "evaluate")
 _REQUIRED = {
     "backbone": ("name", "fingerprint"),
@@ -60,6 +62,12 @@ class Record(Written):
             after task i, in units of their spread then. Empty when it was not measured.
         usage: entry [t][c][p] is how often test images of class c of task t chose prompt p of a pool, in the last
             evaluation. Empty where there is no pool.
+        future: row t holds the accuracies on tasks t + 1 to T - 1, fractions, by the names of their classes alone, each
+            task's own to choose from; T - 1 rows, fewer when unfinished. Empty for a head that needs images.
+        calibration: the expected calibration error after each task, a fraction, over the test images of all tasks met.
+            Empty when it was not measured.
+        parts: for a stream of several data sets, the name of each and which tasks, from 0, are its own. Empty where
+            there is one data set.
         version: of this file format.
 
     Raises:
@@ -90,6 +98,9 @@ class Record(Written):
     command: str
     drift: list[list[list[float]]] = dataclasses.field(default_factory=list)
     usage: list[list[list[int]]] = dataclasses.field(default_factory=list)
+    future: list[list[float]] = dataclasses.field(default_factory=list)
+    calibration: list[float] = dataclasses.field(default_factory=list)
+    parts: dict[str, list[int]] = dataclasses.field(default_factory=dict)
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -100,8 +111,8 @@ class Record(Written):
             lacking = [key for key in keys if key not in getattr(self, name)]
             if lacking:
                 raise DataError(f"Record.{name} must name {', '.join(keys)}; it lacks {', '.join(lacking)}")
-        for name in METRICS:
-            value = self.metrics[name]
+        for name in (*METRICS, *LATER):
+            value = self.metrics.get(name)
             _require(value is None or _is_number(value), f"metrics.{name}", "must be a number or null", value)
         self._check_shapes()
 
@@ -120,6 +131,11 @@ class Record(Written):
         """The mean drift over old tasks after each task but the first, (T - 1, L); empty when not measured."""
         rows = self.drift[1:]
         return [[sum(block) / t for block in zip(*row[:t], strict=True)] for t, row in enumerate(rows, start=1)]
+
+    @property
+    def part_accuracies(self) -> dict[str, float | None]:
+        """The share of each part's test images that was right in the end, by the part's name."""
+        return part_accuracies(self.matrix, self.test_sizes, self.parts)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields by name, in the order of the file."""
@@ -187,6 +203,16 @@ class Record(Written):
             fits = pool > 0 and counts == [[pool] * len(names) for names in self.classes[:most]]
             rule = f"must have {most} tables, with a row of as many numbers for each class of a task"
             _require(fits, "usage", rule, counts)
+        wide = [len(row) for row in self.future]
+        to_come = [tasks - 1 - t for t in range(len(wide))]
+        _require(wide == to_come, "future", f"must have rows of {to_come}, one number for each task to come", wide)
+        if self.calibration:
+            rule = f"must have {rows} numbers, one per row of matrix"
+            _require(len(self.calibration) == rows, "calibration", rule, len(self.calibration))
+        if self.parts:
+            listed = [task for own in self.parts.values() for task in own]
+            fits = listed == list(range(tasks)) and all(self.parts.values())
+            _require(fits, "parts", f"must share tasks 0 to {tasks - 1} out, in order", self.parts)
 
 
 def find_records(paths: Iterable[Path | str]) -> list[Record]:
@@ -256,6 +282,10 @@ def _is_rows(value: Any) -> bool:
     return rows and all(_is_number(each) for row in value for each in row)
 
 
+def _is_fractions(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_number(each) and 0 <= each <= 1 for each in value)
+
+
 def _is_drift(value: Any) -> bool:
     return isinstance(value, list) and all(_is_rows(row) and all(min(b, default=0) >= 0 for b in row) for row in value)
 
@@ -266,6 +296,10 @@ def _is_usage(value: Any) -> bool:
 
 def _is_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(_is_whole(each) and each >= 0 for each in value)
+
+
+def _is_parts(value: Any) -> bool:
+    return isinstance(value, dict) and all(_is_sizes(each) for each in value.values())
 
 
 def _is_classes(value: Any) -> bool:
@@ -291,9 +325,11 @@ _RULES = {
     **dict.fromkeys(("settings", "metrics", "seconds"), _TABLE),
     **dict.fromkeys(("backbone", "versions"), _WORDS),
     **dict.fromkeys(("trainable_parameters", "stored_numbers"), _COUNT),
-    **dict.fromkeys(("matrix", "matrix_task_aware"), _MATRIX),
+    **dict.fromkeys(("matrix", "matrix_task_aware", "future"), _MATRIX),
+    "calibration": (_is_fractions, "must be a list of numbers from 0 to 1"),
     "drift": (_is_drift, "must be a list of rows of lists of numbers, at least 0"),
     "usage": (_is_usage, "must be a list of tables of whole numbers, at least 0"),
+    "parts": (_is_parts, "must map names to lists of whole numbers, at least 0"),
     "seed": (_is_whole, "must be a whole number"),
     "order_seed": (lambda value: value is None or _is_whole(value), "must be a whole number or null"),
     "protocol": (_is_flat, "must map names to text or numbers"),

@@ -25,7 +25,7 @@ from lamina.results.figures import (
 from lamina.results.page import POLICY, counted, facts_list, html_table, number, percent_or_dash
 from lamina.results.records import PHASES, Record
 from lamina.results.style import STYLE
-from lamina.results.tables import Row, aggregate, flatten, percent, show
+from lamina.results.tables import Row, aggregate, flatten, part_columns, percent, show
 from lamina.storage import write_whole
 
 _HEADLINE = {
@@ -86,7 +86,7 @@ def _title(records: Sequence[Record]) -> str:
 
 def _section(index: int, records: Sequence[Record]) -> str:
     rows = aggregate(records)
-    parts = [f'<h2 id="{_anchor(index)}">{_group_name(records)}</h2>', _protocol(rows), _headline(rows)]
+    parts = [f'<h2 id="{_anchor(index)}">{_group_name(records)}</h2>', _protocol(rows), _headline(rows), _parts(rows)]
     parts.append(
         "<h3>Accuracy as tasks arrive</h3>"
         '<p class="say">Mean accuracy, in percent, over the tasks met so far. '
@@ -154,6 +154,24 @@ def _headline(rows: Sequence[Row]) -> str:
     if len(records) > 12:
         runs = f"<details><summary>{counted(len(records), 'single run')}</summary>{runs}</details>"
     return "".join([*parts, runs])
+
+
+def _parts(rows: Sequence[Row]) -> str:
+    """Return the accuracy on each data set, of runs on several; nothing where there are none."""
+    columns = part_columns([record for row in rows for record in row.records])
+    if not columns:
+        return ""
+    head = ["Method", "Runs", "All test images", *map(escape, columns.values())]
+    body = []
+    for row in rows:
+        spreads = [row.spreads.get(name) for name in ("accuracy_weighted", *columns)]
+        cells = ["–" if value is None else minus(str(value)) for value in spreads]
+        body.append([_row_name(row), str(len(row.records)), *cells])
+    return (
+        "<h3>Accuracy on each data set</h3>"
+        '<p class="say">After the last task, with the classes of all data sets to choose from: the share of test '
+        f"images that are right, in percent.</p>{html_table(head, body, lead=2)}"
+    )
 
 
 def _matrices(rows: Sequence[Row]) -> str:
@@ -270,9 +288,11 @@ def _classes(records: Sequence[Record]) -> str:
     for group in orders.values():
         seed = group[0].order_seed
         which = f", order {seed}" if len(orders) > 1 and seed is not None else ""
+        part_of = {task: f"{part}, " for part, own in group[0].parts.items() for task in own}
         items = [
-            f'<li>{escape(", ".join(names))} <span class="aside">{counted(size, "test image")}</span></li>'
-            for names, size in zip(group[0].classes, group[0].test_sizes, strict=True)
+            f"<li>{escape(', '.join(names))} "
+            f'<span class="aside">{escape(part_of.get(task, ""))}{counted(size, "test image")}</span></li>'
+            for task, (names, size) in enumerate(zip(group[0].classes, group[0].test_sizes, strict=True))
         ]
         tasks = f'<ol class="tasks">{"".join(items)}</ol>'
         parts.append(f"<details><summary>Tasks and their classes{which}</summary>{tasks}</details>")

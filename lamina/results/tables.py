@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lamina.errors import ConfigError, DataError, unknown
-from lamina.results.records import METRICS, Record
+from lamina.results.records import LATER, METRICS, Record
 
 #: what a reader sees above a column
 TITLES = {
@@ -25,9 +25,13 @@ TITLES = {
     "forgetting": "forgetting (%)",
     "bwt": "BWT (%)",
     "accuracy_task_aware": "task-aware accuracy (%)",
+    "transfer": "transfer (%)",
+    "ece": "ECE (%)",
 }
 COLUMNS = ("accuracy", "forgetting", "average_accuracy", "bwt")
 _SEEDS = ("seed", "order_seed")
+#: begins the name of a column with the accuracy on one data set of several
+_ON = "accuracy."
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,8 @@ class Row:
     Attributes:
         labels: what the row is called, in the fields that `aggregate` was asked for.
         note: what sets it apart from other rows with the same labels, and whether it is unfinished; or empty.
-        spreads: each metric over the runs; None where a run lacks it.
+        spreads: each metric over the runs, and of runs on several data sets "accuracy.NAME" for each; None where a
+            run lacks it.
         records: the runs.
     """
 
@@ -112,7 +117,9 @@ def aggregate(records: Sequence[Record], by: Sequence[str] = ("method",)) -> lis
     rows = []
     for part, own in zip(runs, labels, strict=True):
         peers = [other for other, theirs in zip(runs, labels, strict=True) if theirs == own]
-        spreads = {name: _spread_of(part, name) for name in METRICS}
+        spreads = {name: _spread_of([run.metrics.get(name) for run in part]) for name in (*METRICS, *LATER)}
+        for name in part[0].parts:
+            spreads[_ON + name] = _spread_of([run.part_accuracies.get(name) for run in part])
         rows.append(Row(own, _note(part, peers), spreads, tuple(part)))
     return rows
 
@@ -143,7 +150,7 @@ def to_latex(rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> str:
 
 def to_csv(rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> str:
     """Return comma-separated values for a program: fractions in full, mean and deviation apart."""
-    _check(columns)
+    _check(columns, rows)
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     names = list(rows[0].labels) if rows else []
@@ -152,7 +159,7 @@ def to_csv(rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> str:
     for row in rows:
         values: list[Any] = []
         for column in columns:
-            value = row.spreads[column]
+            value = row.spreads.get(column)
             values += ["", ""] if value is None else [value.mean, value.deviation]
         seeds = " ".join(str(record.seed) for record in row.records)
         writer.writerow([*row.labels.values(), row.note, *values, len(row.records), seeds])
@@ -175,6 +182,24 @@ def headline(records: Sequence[Record], columns: Sequence[str] = COLUMNS) -> lis
             )
     head, *body = _grid(aggregate(records), columns)
     return [dict(zip(head, line, strict=True)) for line in body]
+
+
+def by_part(records: Sequence[Record]) -> list[dict[str, str]]:
+    """Return the rows of a table of accuracies over test images: of all data sets together, then of each.
+
+    Empty where all runs are on one data set. Each accuracy is a share of test images, after the last task, with the
+    classes of all data sets to choose from; so the first is the mean of the others, weighted by their images.
+    """
+    columns = part_columns(records)
+    if not columns:
+        return []
+    head, *body = _grid(aggregate(records), ("accuracy_weighted", *columns))
+    return [dict(zip(head, line, strict=True)) for line in body]
+
+
+def part_columns(records: Sequence[Record]) -> dict[str, str]:
+    """Return the columns that hold the accuracy on one data set of several, and the name of each data set."""
+    return {_ON + name: name for record in records for name in record.parts}
 
 
 def protocol_line(record: Record) -> str:
@@ -231,10 +256,10 @@ def _by_stream(group: list[Record]) -> list[list[Record]]:
     return list(parts.values())
 
 
-def _spread_of(records: Sequence[Record], name: str) -> Spread | None:
-    values = [value for record in records if (value := record.metrics[name]) is not None]
+def _spread_of(values: Sequence[float | None]) -> Spread | None:
+    known = [value for value in values if value is not None]
     # A mean over some of the runs would stand beside a number of runs that it does not have.
-    return spread(values) if len(values) == len(records) else None
+    return spread(known) if len(known) == len(values) else None
 
 
 def _note(part: Sequence[Record], peers: Sequence[Sequence[Record]]) -> str:
@@ -297,21 +322,26 @@ def _label(record: Record, name: str) -> str:
 
 def _grid(rows: Sequence[Row], columns: Sequence[str]) -> list[list[str]]:
     """Return the cells of a table for people, head first; the column of notes only where there are any."""
-    _check(columns)
+    _check(columns, rows)
     notes = any(row.note for row in rows)
     names = list(rows[0].labels) if rows else []
-    grid = [[*names, *(["note"] if notes else []), *(TITLES[column] for column in columns), "n"]]
+    grid = [[*names, *(["note"] if notes else []), *map(_title, columns), "n"]]
     for row in rows:
-        spreads = [row.spreads[column] for column in columns]
+        spreads = [row.spreads.get(column) for column in columns]
         numbers = ["–" if value is None else str(value) for value in spreads]
         grid.append([*row.labels.values(), *([row.note] if notes else []), *numbers, str(len(row.records))])
     return grid
 
 
-def _check(columns: Sequence[str]) -> None:
+def _title(column: str) -> str:
+    return TITLES[column] if column in TITLES else f"{column.removeprefix(_ON)} (%)"
+
+
+def _check(columns: Sequence[str], rows: Sequence[Row] = ()) -> None:
+    known = dict.fromkeys([*METRICS, *LATER, *(name for row in rows for name in row.spreads)])
     for column in columns:
-        if column not in METRICS:
-            raise ConfigError(unknown("metric", column, METRICS))
+        if column not in known:
+            raise ConfigError(unknown("metric", column, known))
 
 
 def _plain(cell: str) -> str:

@@ -44,7 +44,7 @@ def accuracies(
         for batch in batches(task):
             output = model(batch._replace(labels=None))
             see(place, batch, output)
-            logits = _averaged(output)
+            logits = averaged(output)
             own = own.to(logits.device)
             counts[place, 0] += (logits.argmax(-1) == batch.targets).sum().cpu()
             counts[place, 1] += (own[logits[:, own].argmax(-1)] == batch.targets).sum().cpu()
@@ -54,12 +54,56 @@ def accuracies(
     return (counts[:, 0] / counts[:, 2]).tolist(), (counts[:, 1] / counts[:, 2]).tolist()
 
 
+@torch.inference_mode()
+def foreseen(
+    model: PromptedModel,
+    tasks: Sequence[Task],
+    met: int,
+    batches: Callable[[Task], Iterable[Batch]],
+    *,
+    seed: int,
+    reduce: Reduce,
+    advance: Callable[[int], None] = lambda images: None,
+) -> list[float]:
+    """Return the accuracy on test images of tasks that are still to come, by the names of their classes alone.
+
+    Each task's own classes are there to choose from. Empty for a head that cannot score a class by its name.
+
+    Args:
+        tasks: that are to come.
+        met: how many classes were met so far.
+
+    References:
+        Zheng et al., Preventing Zero-Shot Transfer Degradation in Continual Learning of Vision-Language Models, ICCV
+        2023, section 4: its "transfer" is the mean of these over tasks and stages.
+    """
+    model.eval()
+    counts = torch.zeros(len(tasks), 2, dtype=torch.float64)
+    for place, task in enumerate(tasks):
+        head = model.head.preview([name for name, c in zip(task.classes, task.columns, strict=True) if c >= met])
+        if head is None:
+            return []
+        columns = torch.as_tensor(task.tested)
+        news = [column for column in task.columns if column >= met]  # these are appended in this order
+        places = torch.tensor([c if c < met else met + news.index(c) for c in task.tested])
+        torch.manual_seed(seed_at(seed, "foresee", task.index))
+        for batch in batches(task):
+            features, _ = model.features(batch._replace(labels=None))
+            logits = averaged(Output(head(features).logits, {}))[:, places.to(features.device)]
+            right = columns.to(features.device)[logits.argmax(-1)] == batch.targets
+            counts[place] += torch.tensor([float(right.sum()), float(len(right))])
+            advance(len(batch.targets))
+    counts = reduce(counts)
+    return (counts[:, 0] / counts[:, 1]).tolist()
+
+
 def scores(model: PromptedModel, batch: Batch) -> Tensor:
     """Return logits (B, C) of a batch, averaged over samples where the head draws some."""
-    return _averaged(model(batch._replace(labels=None)))
+    return averaged(model(batch._replace(labels=None)))
 
 
-def _averaged(output: Output) -> Tensor:
+def averaged(output: Output) -> Tensor:
+    """Return logits (B, C), the mean over draws where a head draws some."""
     return output.logits.mean(0) if output.logits.ndim == 3 else output.logits
 
 

@@ -144,7 +144,12 @@ class Feed:
             yield self.fabric.to_device(Batch(part.images, part.columns, query))
 
     def _once(self, tower: Tower, split: Split, layers: int = 1) -> Tensor:
-        """Return the frozen features (n, F), float32, of a whole split; kept on disk from run to run."""
+        """Return the frozen features (n, F), float32, of a whole split; kept on disk from run to run.
+
+        A split that was taken from others takes its rows from theirs, so no image is read again for it.
+        """
+        if split.origins:
+            return torch.cat([self._once(tower, origin.split, layers)[origin.positions] for origin in split.origins])
         dtype = str(next(tower.parameters()).dtype)
         key = hashed(tower.fingerprint, dtype, repr(self.spec), split.images.fingerprint, split.indices, str(layers))
 

@@ -8,51 +8,40 @@ on, so a run goes on from a checkpoint exactly as if nothing had happened.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lamina.data.stream import Stream, Task
-from lamina.errors import ResumeError, TrainingError
+from lamina.errors import TrainingError
 from lamina.learner import Learner, Phase
 from lamina.lookback import Watcher
-from lamina.model import PromptedModel
+from lamina.model import Batch, Output, PromptedModel
 from lamina.seeds import seed_at
-from lamina.training import checkpoint
-from lamina.training.evaluation import accuracies, summed
+from lamina.training.calibration import Calibration
+from lamina.training.evaluation import accuracies, foreseen, summed
 from lamina.training.feed import Feed
 from lamina.training.gradients import only
-from lamina.training.log import Log
 from lamina.training.meter import DriftMeter
 from lamina.training.objective import classify
 from lamina.training.progress import Progress
+from lamina.training.replay import Choosing, taking
+from lamina.training.state import STRETCHES, Position, RunState
 from lamina.training.stopwatch import Stopwatch
 from lamina.training.usage import Usage
-
-#: of the stretches of work whose seconds are kept apart
-STRETCHES = ("train", "look_back", "evaluate")
-
-
-class Position(NamedTuple):
-    """The next step to take; all three count from 0."""
-
-    task: int = 0
-    phase: int = 0
-    step: int = 0
 
 
 class Stopped(Exception):
     """The run was asked to stop; its state is saved."""
 
 
-class Trainer:
+class Trainer(RunState):
     """Runs a learner over a stream, one task at a time.
 
     Args:
@@ -71,6 +60,9 @@ class Trainer:
         position: the next step to take.
         matrix, matrix_task_aware: a row of accuracies for each finished task; in the second one the
             columns of other tasks are masked.
+        future: for each finished task a list of accuracies on those after it, by the names of their classes alone;
+            empty where the head needs images of a class. The last task has none.
+        calibration: the expected calibration error after each task, over the test images of all tasks met.
         usage: how often test images chose each prompt of a pool in the last evaluation, entry [t][c][p] for class c
             of task t and prompt p; empty without a pool.
         seconds: of each stretch of work, per task; of "measure_drift", too, where there is a meter.
@@ -91,24 +83,20 @@ class Trainer:
         meter: DriftMeter | None = None,
         online: bool = False,
     ) -> None:
-        self.learner, self.feed, self.seed = learner, feed, seed
-        self.run_dir, self.every = run_dir, checkpoint_every
         self.fabric = fabric or Fabric(accelerator="cpu", devices=1)
-        self.identity = {"seed": seed, **(identity or {})}
+        super().__init__(
+            learner,
+            self.fabric.device,
+            writes=self.fabric.is_global_zero,
+            seed=seed,
+            run_dir=run_dir,
+            identity={"seed": seed, **(identity or {})},
+            observers=observers,
+            meter=None if learner.at_once else meter,
+        )
+        self.feed, self.every, self.online = feed, checkpoint_every, online
         self.progress = progress or Progress()
-        self.observers = observers
-        self.meter = None if learner.at_once else meter
-        self.online = online
-        self.log = Log(run_dir if self.fabric.is_global_zero else None)
-        self.position = Position()
-        self.matrix: list[list[float]] = []
-        self.matrix_task_aware: list[list[float]] = []
-        self.usage: list[list[list[int]]] = []
-        self.seconds: dict[str, list[float]] = {name: [] for name in STRETCHES}
         self.should_stop: Callable[[], bool] = lambda: False
-        self._begun = self._met = 0  # tasks and classes
-        self._optimizer_state: dict[str, Any] | None = None
-        learner.model.to(self.fabric.device)
 
     # ── whole runs ─────────────────────────────────────────────────────────────────────────────────
 
@@ -116,7 +104,7 @@ class Trainer:
         """Learn and evaluate task after task, from where this run stands.
 
         Raises:
-            ConfigError: when prompts or protections cannot take all tasks; nothing was learned.
+            ConfigError: when prompts, protections or the memory cannot take all tasks; nothing was learned.
             Stopped: when `should_stop` says so; the state is saved.
             TrainingError: when the loss is not finite.
             StorageError: when a checkpoint cannot be written.
@@ -127,6 +115,8 @@ class Trainer:
         for task in stages[self.position.task :]:
             self.learn(task, tasks=len(stages))
             self.evaluate(list(stream) if self.learner.at_once else stages[: task.index + 1])
+            if not self.learner.at_once:
+                self._foresee(task.index, stages[task.index + 1 :])
             if self.meter is not None:
                 self._measure(self.meter, task.index, len(stages))
             self.position = Position(task.index + 1)
@@ -136,15 +126,14 @@ class Trainer:
                 raise Stopped
 
     def check(self, stream: Stream) -> None:
-        """Make sure that prompts and protections can take all tasks of a stream; raise ConfigError if not."""
-        stages, prompts = self._stages(stream), self.learner.model.prompts
+        """Make sure that prompts, protections and memory can take all tasks of a stream; raise ConfigError if not."""
+        stages, prompts, memory = self._stages(stream), self.learner.model.prompts, self.learner.memory
         if prompts is not None:
             prompts.check(stages)
+        if memory is not None:
+            memory.check(stages)
         for protection in self.learner.protections:
             protection.check(stages, self.fabric.world_size)
-
-    def _stages(self, stream: Stream) -> list[Task]:
-        return [stream.merged()] if self.learner.at_once else list(stream)
 
     def learn(self, task: Task, *, tasks: int = 1) -> None:
         """Learn one task: run its phases, look back on it, and refine what was learned.
@@ -159,6 +148,8 @@ class Trainer:
             self.seconds[name] += [0.0] * (task.index + 1 - len(self.seconds[name]))
         before, after = self.learner.phases(task), self.learner.refine(task)
         looking = len(before)  # the look back takes a number among the phases
+        if self.position == (task.index, 0, 0):
+            self._look_ahead(task, tasks)
         for number, phase in enumerate(before):
             if number >= self.position.phase:
                 self._run_phase(task, number, phase, tasks)
@@ -175,6 +166,12 @@ class Trainer:
         """Append a row of accuracies on `tasks` to the matrices, and count anew which prompts their images choose."""
         stage, prompts = len(self.matrix), self.learner.model.prompts
         usage = Usage(tasks, prompts.pool_size if prompts is not None else 0)
+        calibration = Calibration(self._temperature)
+
+        def see(place: int, batch: Batch, output: Output) -> None:
+            usage.see(place, batch, output)
+            calibration.see(place, batch, output)
+
         with self._stretch("evaluate", stage, len(tasks), sum(len(task.test) for task in tasks)):
             row, aware = accuracies(
                 self.learner.model,
@@ -183,39 +180,55 @@ class Trainer:
                 seed=self.seed,
                 reduce=summed(self.fabric),
                 advance=self.progress.advance,
-                see=usage.see,
+                see=see,
             )
         self.usage = usage.counts(summed(self.fabric))
+        self.calibration.append(calibration.error(summed(self.fabric)))
         self.matrix.append(row)
         self.matrix_task_aware.append(aware)
+
+    @property
+    def _temperature(self) -> float:
+        """What scores are divided by to be those that the loss saw last; 1 where class statistics make them."""
+        if self.learner.model.head.statistics is not None or not self.met:
+            return 1.0
+        task = self.met[-1]
+        phases = [*self.learner.phases(task), *self.learner.refine(task)]
+        return phases[-1].temperature if phases else 1.0
+
+    def _foresee(self, stage: int, tasks: Sequence[Task]) -> None:
+        """Append how well images of tasks to come are told apart by the names of their classes."""
+        model, images = self.learner.model, sum(len(task.test) for task in tasks)
+        if not tasks or model.head.preview([]) is None:
+            return
+        with self._stretch("evaluate", stage, stage + 1 + len(tasks), images):
+            self.future.append(
+                foreseen(
+                    model,
+                    tasks,
+                    self.classes,
+                    lambda task: self.feed.plain(task.test),
+                    seed=self.seed,
+                    reduce=summed(self.fabric),
+                    advance=self.progress.advance,
+                )
+            )
 
     def _measure(self, meter: DriftMeter, task: int, tasks: int) -> None:
         model, feed = self.learner.model, self.feed
         with self._stretch("measure_drift", task, tasks, meter.images(model, task)):
             meter.measure(model, task, feed.plain, feed.share, summed(self.fabric), self.seed, self.progress.advance)
 
-    @property
-    def _remembering(self) -> list[Watcher]:
-        return [*self.learner.protections, *self.observers]
-
     # ── one task ───────────────────────────────────────────────────────────────────────────────────
-
-    def _begin(self, tasks: Sequence[Task]) -> None:
-        """Let the model grow for tasks it has not met; seeded by address, so a resumed run grows alike."""
-        for task in tasks:
-            if task.index >= self._begun:
-                torch.manual_seed(seed_at(self.seed, "begin", task.index))
-                self.learner.model.begin_task(task)
-                self.learner.model.to(self.fabric.device)
-                self._begun = task.index + 1
-                self._met = max(self._met, max(task.columns) + 1)
 
     def _run_phase(self, task: Task, number: int, phase: Phase, tasks: int) -> None:
         model = self.learner.model
         if self.online and not phase.draws:
             phase = replace(phase, epochs=1, repeat=1)
-        with only(phase.parameters(model), model) if phase.parameters is not None else nullcontext():
-            self._take_steps(model, task, number, phase, tasks)
+        task = taking(phase, task, self.learner.memory, self.met)
+        if len(task.train) or phase.data != "memory":  # nothing may be kept yet
+            with only(phase.parameters(model), model) if phase.parameters is not None else nullcontext():
+                self._take_steps(model, task, number, phase, tasks)
         self.position = Position(task.index, number + 1)
         self._save()
 
@@ -229,7 +242,7 @@ class Trainer:
         wrapped = self.fabric.setup_optimizers(optimizer)
         first = self.position.step if self.position[:2] == (task.index, number) else 0
         if phase.draws:
-            images = phase.draws * self._met
+            images = phase.draws * self.classes
             total = phase.epochs * -(-images // phase.batch_size)
             source = self.feed.drawn(model.head, task, number, phase, first)
         else:
@@ -283,10 +296,28 @@ class Trainer:
             )
         return values
 
-    @torch.no_grad()
+    def _look_ahead(self, task: Task, tasks: int) -> None:
+        """Show a task that begins to those who must have seen it; what they saw is part of every checkpoint."""
+        watchers = [watcher for watcher in (self.learner.model.head, *self._remembering) if watcher.looks_ahead]
+        if watchers:
+            self._look(task, tasks, watchers)
+
     def _look_back(self, task: Task, tasks: int) -> None:
-        """Show the finished task once more, without augmentation, to everyone who learns from that."""
-        model, watchers = self.learner.model, [self.learner.model.head, *self._remembering]
+        """Show the finished task once more to everyone who learns from that."""
+        model = self.learner.model
+        watchers = [model.head, *self._remembering, *self._choosing(task)]  # the memory chooses when the head is done
+        self._look(task, tasks, [watcher for watcher in watchers if not watcher.looks_ahead])
+        with torch.no_grad(), self._stretch("look_back", task.index, tasks, 0):
+            measuring = [protection for protection in self.learner.protections if protection.measures]
+            wanted = {protection.measures for protection in measuring}
+            few = {count: list(self.feed.plain(task.train.some(count))) for count in wanted}
+            for protection in measuring:
+                protection.measure(model, few[protection.measures], summed(self.fabric))
+
+    @torch.no_grad()
+    def _look(self, task: Task, tasks: int, watchers: Sequence[Watcher]) -> None:
+        """Show a task's training images, without augmentation, to watchers; seconds count as those of a look back."""
+        model = self.learner.model
         model.eval()
         probing = [watcher for watcher in watchers if watcher.looks_at == "probes"]
         reading = [watcher for watcher in watchers if watcher.looks_at == "features"]
@@ -310,11 +341,12 @@ class Trainer:
                     self.progress.advance(len(batch.targets))
             for watcher in watchers:
                 watcher.end_look(summed(self.fabric))
-            measuring = [protection for protection in self.learner.protections if protection.measures]
-            wanted = {protection.measures for protection in measuring}
-            few = {count: list(self.feed.plain(task.train.some(count))) for count in wanted}
-            for protection in measuring:
-                protection.measure(model, few[protection.measures], summed(self.fabric))
+
+    def _choosing(self, task: Task) -> list[Watcher]:
+        memory, model = self.learner.memory, self.learner.model
+        if memory is None:
+            return []
+        return [Choosing(memory, task, model, classes=self.classes, share=self.feed.share, seed=self.seed)]
 
     @contextmanager
     def _stretch(self, name: str, task: int, tasks: int, images: int) -> Iterator[Stopwatch]:
@@ -324,71 +356,3 @@ class Trainer:
                 self.progress.begin(name.replace("_", " "), task, tasks, images)
                 shown.callback(self.progress.end)
             yield watch
-
-    # ── checkpoints ────────────────────────────────────────────────────────────────────────────────
-
-    def _save(self, optimizer: Optimizer | None = None) -> None:
-        if self.run_dir is None or not self.fabric.is_global_zero:
-            return
-        state = {
-            "identity": self.identity,
-            "position": tuple(self.position),
-            "begun": self._begun,
-            "matrix": self.matrix,
-            "matrix_task_aware": self.matrix_task_aware,
-            "usage": self.usage,
-            "seconds": self.seconds,
-            "learned": self.learner.model.learned(),
-            "memory": self.memory(),
-            "meter": self.meter.state_dict() if self.meter is not None else None,
-            "optimizer": optimizer.state_dict() if optimizer is not None else None,
-        }
-        checkpoint.save(self.run_dir, state)
-
-    def restore(self, stream: Stream) -> bool:
-        """Take up the run in `run_dir` where it stands; return whether there was one.
-
-        Raises:
-            ResumeError: when the checkpoint is broken or belongs to another run.
-        """
-        state = checkpoint.load(self.run_dir, self.identity) if self.run_dir is not None else None
-        if state is None:
-            self.log.cut(self.position)
-            return False
-        self.position = Position(*state["position"])
-        self.matrix, self.matrix_task_aware = state["matrix"], state["matrix_task_aware"]
-        self.seconds, self.usage = state["seconds"], state.get("usage", [])
-        self._recall(self._stages(stream)[: state["begun"]], state["learned"], state["memory"])
-        self._optimizer_state = state["optimizer"]
-        if self.meter is not None:
-            self.meter.resume(state.get("meter"), self.position.task)
-        self.log.cut(self.position)
-        return True
-
-    def adopt(self, tasks: Sequence[Task], learned: Mapping[str, Tensor], memory: Sequence[dict[str, Any]]) -> None:
-        """Take over what an earlier run learned from `tasks`; the next task to learn is the one after them.
-
-        Args:
-            tasks: in order; their images are not needed.
-            learned: as from `PromptedModel.learned`.
-            memory: as from `memory`.
-
-        Raises:
-            ResumeError: when the tensors are others than this method has after these tasks.
-        """
-        self._recall(tasks, learned, memory)
-        self.position = Position(len(tasks))
-
-    def memory(self) -> list[dict[str, Any]]:
-        """Return what protections and observers remember of the tasks so far."""
-        return [watcher.state_dict() for watcher in self._remembering]
-
-    def _recall(self, tasks: Sequence[Task], learned: Mapping[str, Tensor], memory: Sequence[dict[str, Any]]) -> None:
-        self._begin(tasks)
-        model = self.learner.model
-        missing, surplus = model.load_state_dict(learned, strict=False)
-        lost = [name for name in missing if not name.startswith("tower.")] + surplus
-        if lost:
-            raise ResumeError(f"{self.run_dir} holds other tensors than this run needs; the first is {lost[0]!r}")
-        for watcher, saved in zip(self._remembering, memory, strict=True):
-            watcher.load_state_dict(saved)

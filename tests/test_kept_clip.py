@@ -1,0 +1,108 @@
+"""A kept model that reads names: what it reads is told, can be said otherwise, and further names can be asked."""
+
+import json
+
+import pytest
+import torch
+
+from lamina.continual import ContinualModel
+from lamina.modelfile import ModelFile
+from tests.backbones.clips import clip_folder
+from tests.commands import BACKBONE, EPOCH, called, pictures
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return clip_folder(tmp_path_factory.mktemp("backbones") / "clip")
+
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", EPOCH)
+    return lambda *words: called(monkeypatch, capfd, *words)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return pictures(tmp_path / "a", ["red_fox", "emu", "n0144"], count=5)
+
+
+def test_learning_tells_what_is_read_of_each_class(tiny, folder, tmp_path, command):
+    words = ["--method", "zero-shot", "--backbone", tiny]
+    code, out, _ = command("learn", tmp_path / "m.lamina", folder, *words)
+    assert code == 0
+    assert "reads emu as 'a photo of a emu.'; n0144 as 'a photo of a n0144.'; red_fox as 'a photo of a red fox.'" in out
+    (tmp_path / "names.toml").write_text('n0144 = "gold_fish"\n')
+    said = ["--template", "a {} at night", "--names", tmp_path / "names.toml", "--json"]
+    found = json.loads(command("learn", tmp_path / "n.lamina", folder, *words, *said)[1])
+    assert found["texts"] == {"emu": "a emu at night", "n0144": "a gold fish at night", "red_fox": "a red fox at night"}
+
+
+def test_descriptions_of_old_classes_stay_when_new_ones_come(tiny, folder, tmp_path, command):
+    path, names = tmp_path / "m.lamina", tmp_path / "names.toml"
+    names.write_text('n0144 = "gold_fish"\n')
+    first = ["--method", "zero-shot", "--backbone", tiny, "--names", names]
+    assert command("learn", path, folder, *first)[0] == 0
+    names.write_text('n0145 = "tench"\n')
+    other = pictures(tmp_path / "b", ["n0145", "yak"], count=5)
+    found = json.loads(command("learn", path, other, "--names", names, "--json")[1])
+    assert found["texts"]["n0145"] == "a photo of a tench."
+    assert ModelFile.read(path).settings["names"] == {"n0144": "gold_fish", "n0145": "tench"}
+
+
+@pytest.mark.parametrize("method", ["zero-shot", "coop"])
+def test_further_names_are_scored_beside_the_learned_ones(method, tiny, folder, tmp_path, command):
+    path = tmp_path / "m.lamina"
+    quick = ["--set", "epochs=1"] if method == "coop" else []
+    assert command("learn", path, folder, "--method", method, "--backbone", tiny, *quick)[0] == 0
+    asked = ["predict", path, folder / "emu", "--format", "jsonl", "--top", "5", "--also", "a blue car, emu,a red car"]
+    rows = [json.loads(line) for line in command(*asked)[1].splitlines()]
+    plain = [json.loads(line) for line in command(*asked[:-2])[1].splitlines()]
+    assert len(rows) == 5
+    for row, without in zip(rows, plain, strict=True):
+        shares = {entry["class"]: entry["probability"] for entry in row["top"]}
+        assert set(shares) == {"emu", "n0144", "red_fox", "a blue car", "a red car"}
+        assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
+        left = {entry["class"]: entry["probability"] for entry in without["top"]}
+        kept = sum(shares[name] for name in left)
+        assert {name: shares[name] / kept for name in left} == pytest.approx(left, abs=1e-4)
+        assert row["novelty"] == without["novelty"]
+
+
+def test_a_method_that_needs_images_cannot_be_asked_for_names(folder, tmp_path, command):
+    path = tmp_path / "m.lamina"
+    assert command("learn", path, folder, "--method", "nearest-mean", "--backbone", BACKBONE)[0] == 0
+    code, out, errors = command("predict", path, folder / "emu", "--also", "a red car")
+    assert (code, out) == (2, "") and errors == [
+        "lamina: nearest-mean needs images of a class, so it cannot tell a red car by name; a model made with --method "
+        "zero-shot, coop or another for CLIP can"
+    ]
+
+
+def test_names_are_refused_by_a_method_that_reads_none(folder, tmp_path, command):
+    words = ["--method", "nearest-mean", "--backbone", BACKBONE, "--template", "a {}"]
+    code, out, errors = command("learn", tmp_path / "m.lamina", folder, *words)
+    assert (code, out, len(errors)) == (2, "", 1) and "no setting is called 'templates'" in errors[0]
+
+
+def test_a_file_taken_back_says_the_same(tiny, folder, tmp_path, command):
+    path = tmp_path / "m.lamina"
+    assert command("learn", path, folder, "--method", "coop", "--backbone", tiny, "--set", "epochs=1")[0] == 0
+    ours, theirs = (ContinualModel.load(path) for _ in range(2))
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    assert torch.equal(ours.judge(pixels).probabilities, theirs.judge(pixels).probabilities)
+    fingerprint = ModelFile.read(path).backbone["fingerprint"]
+    assert fingerprint == ours.backbone.fingerprint and "-" in fingerprint  # of both towers
+
+
+@pytest.mark.parametrize("method", ["zero-shot", "coop", "maple"])
+def test_a_file_for_deployment_holds_what_was_read_and_not_the_tower_that_read_it(
+    method, tiny, folder, tmp_path, command
+):
+    path, onnx = tmp_path / "m.lamina", tmp_path / "m.onnx"
+    quick = [] if method == "zero-shot" else ["--set", "epochs=1"]
+    assert command("learn", path, folder, "--method", method, "--backbone", tiny, *quick)[0] == 0
+    code, out, errors = command("export", path, "--onnx", onnx)
+    assert code == 0 and "ONNX Runtime gives the scores of --precision 32" in out
+    assert onnx.stat().st_size < 1e6  # the table of words alone has 8 MB
+    assert json.loads((tmp_path / "m.json").read_text())["classes"] == ["emu", "n0144", "red_fox"]
