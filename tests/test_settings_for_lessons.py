@@ -40,7 +40,7 @@ def test_lessons_have_ten_passes_in_batches_of_32_and_else_what_the_recipe_has(n
 def test_every_entry_is_of_a_method_that_trains():
     entries = read_toml(Path(lamina.continual.__file__).with_name("lessons.toml"))
     assert entries.pop("version") == 1
-    assert set(entries) == set(TRAINED)
+    assert set(entries) - ON_CLIP == set(TRAINED)
 
 
 @pytest.fixture(scope="module")
