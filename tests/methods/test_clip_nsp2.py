@@ -162,15 +162,15 @@ def test_official_shuffles_two_passes_together_decays_after_eight_and_fourteen_a
 @pytest.mark.parametrize(
     ("values", "idle"),
     [
-        ({}, {"kept"}),
-        ({"knee": "energy"}, set()),
-        ({"use_b1": False, "refine": False}, {"kept", "eta1", "refine_epochs", "refine_draws"}),
-        ({"use_b1": False, "use_b2": False, "knee": "energy"}, {"kept", "eta1", "eta2", "normalize", "knee"}),
+        ({}, ["kept"]),
+        ({"knee": "energy"}, []),
+        ({"use_b1": False, "refine": False}, ["eta1", "kept", "refine_draws", "refine_epochs"]),
+        ({"use_b1": False, "use_b2": False, "knee": "energy"}, ["eta1", "eta2", "kept", "knee", "normalize"]),
     ],
     ids=str,
 )
 def test_settings_that_change_nothing_are_known(values, idle):
-    assert set(CLIPNSP2(**values).idle()) == idle
+    assert sorted(CLIPNSP2(**values).idle()) == idle
 
 
 @pytest.mark.parametrize(
