@@ -7,7 +7,7 @@ demo: .venv/ready           ## learn ten digits two at a time and compare four m
 	$(BIN)/lamina demo
 
 test: .venv/ready           ## the fast tests (8 minutes at most on two cores)
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadgroup -m "not slow and not gpu"
 
 test-all: .venv/ready       ## the slow ones, too
 	$(BIN)/python -m pytest

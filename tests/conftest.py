@@ -35,3 +35,11 @@ def make_tiny_vit(dtype=torch.float32):
         if value.ndim == 2 and "blocks" in name:
             value.data.mul_(5)
     return tower
+
+
+def pytest_collection_modifyitems(items):
+    """Keep together, in one process, what shares finished runs: the tests of a file, or there, those of one method."""
+    for item in items:
+        method = item.callspec.params.get("name") if hasattr(item, "callspec") else None
+        part = f"-{method}" if item.path.parent.name == "contracts" and isinstance(method, str) else ""
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}/{item.path.stem}{part}"))

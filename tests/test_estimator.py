@@ -171,7 +171,7 @@ def test_the_constructor_stores_and_partial_fit_checks():
     model = ContinualClassifier("vpt-nps2", holdout=7, settings={"a": 1})
     assert model.get_params() == {
         "method": "vpt-nps2",
-        "backbone": "lamina:vit-nano",
+        "backbone": None,
         "settings": {"a": 1},
         "seed": 0,
         "precision": "auto",
