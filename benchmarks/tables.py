@@ -39,6 +39,7 @@ class Source:
 
 TABLES = {
     "demo": Source("demo.json"),
+    "demo-clip": Source("demo-clip.json", ("accuracy", "forgetting", "transfer", "ece")),
     "tiny-odd-10": Source("tiny-odd-10.json"),
 }
 
