@@ -204,8 +204,10 @@ def test_a_name_without_weights_says_which_there_are(name):
 
 
 def test_an_empty_name_is_unknown():
-    said = "no backbone is called 'open_clip:'. Known: lamina:vit-nano; or timm:NAME, or open_clip:MODEL:TAG, see "
-    assert refused("open_clip:") == said + "`lamina list backbones`"
+    assert refused("open_clip:") == (
+        "no backbone is called 'open_clip:'. Known: lamina:clip-nano, lamina:vit-nano; or timm:NAME, or "
+        "open_clip:MODEL:TAG, see `lamina list backbones`"
+    )
 
 
 def test_weights_that_cannot_be_fetched_say_what_to_do():
