@@ -81,9 +81,10 @@ def tokenized(side: TextSide, texts: Sequence[str], names: Sequence[str]) -> Ten
         DataError: when a name is no word for the tokenizer, or makes a text too long.
     """
     ids = ids_of(side, texts)
-    for row, name in zip(ids, names, strict=True):
+    for name in dict.fromkeys(names):
         if len_of(side, name) == 0:
             raise DataError(f"the tokenizer finds no word in the class name {printable(name)!r}; rename it")
+    for row, name in zip(ids, names, strict=True):
         if row.argmax() == len(row) - 1:
             raise DataError(
                 f"the text about class {printable(name)!r} is too long: a text tower reads {len(row)} tokens, the two "
