@@ -100,7 +100,6 @@ def text_limits(tower: Any, length: int) -> dict[str, Callable[[], None]]:
     side = tower.text
     wording = worded(side, NAMES, length)
     contexts = torch.randn(1, length, side.tower.width).mul_(0.02).requires_grad_()
-    slots = side.tower.with_slots(slice(1, 1 + length))
 
     def texts() -> None:
         encoded(side.tower, wording, contexts).sum().backward()
@@ -113,7 +112,6 @@ def text_limits(tower: Any, length: int) -> dict[str, Callable[[], None]]:
             x = block.finish(x, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
         side.tower.final_norm(x)[torch.arange(len(x)), wording.ids.argmax(1)].float().sum().backward()
 
-    assert slots.slots is not None
     return {"texts": texts, "whole texts": whole}
 
 

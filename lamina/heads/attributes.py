@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lamina.backbones.clip import TextSide
 from lamina.errors import ConfigError
-from lamina.heads.texts import ClassTexts
+from lamina.heads.texts import ClassTexts, version_of
 from lamina.prompts.alone import alone, overlap
 from lamina.prompts.contexts import Wording, check_room, encoded, worded
 
@@ -102,7 +102,7 @@ class AttributeTexts(ClassTexts):
 
     def _told(self, chosen: Tensor) -> Tensor:
         """Return the features (G, C, F) of all classes with each of G choices, each choice encoded once."""
-        state, choices = (self.prompts.data_ptr(), self.prompts._version, len(self.classes)), chosen.tolist()
+        state, choices = (version_of(self.prompts), len(self.classes)), chosen.tolist()
         self._kept = {choice: (then, told) for choice, (then, told) in self._kept.items() if then == state}
         new = [place for place, choice in enumerate(choices) if tuple(choice) not in self._kept]
         if new:

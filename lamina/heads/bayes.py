@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from lamina.backbones.clip import TextSide
 from lamina.heads.base import Scores
 from lamina.heads.text import TextHead
-from lamina.heads.texts import ContextTexts
+from lamina.heads.texts import ContextTexts, version_of
 from lamina.prompts.contexts import encoded
 
 Start = Literal["tokens", "paper"]
@@ -143,8 +143,7 @@ class SampledTexts(ContextTexts):
         return self.contexts[0] + added[..., None, :]
 
     def version(self, column: int) -> Hashable:
-        parts = [*self.contexts, *self.residual.parameters(), self.noise]
-        return tuple((part.data_ptr(), part._version) for part in parts)
+        return version_of(*self.contexts, *self.residual.parameters(), self.noise)
 
     def encode(self, columns: Sequence[int]) -> Tensor:
         """Return features (C, S, F): classes first, as they are kept."""

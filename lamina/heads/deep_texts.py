@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lamina.backbones.clip import TextSide
 from lamina.errors import ConfigError
-from lamina.heads.texts import ContextTexts
+from lamina.heads.texts import ContextTexts, version_of
 from lamina.prompts.contexts import encoded, len_of
 
 
@@ -46,7 +46,7 @@ class DeepContextTexts(ContextTexts):
         return [self.contexts[0], *self.deep]
 
     def version(self, column: int) -> Hashable:
-        return tuple((part.data_ptr(), part._version) for part in self.rows())
+        return version_of(*self.rows())
 
     def encode(self, columns: Sequence[int]) -> Tensor:
         assert self._wording is not None

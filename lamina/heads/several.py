@@ -18,7 +18,7 @@ from lamina.data.stream import places
 from lamina.errors import ConfigError
 from lamina.heads.base import Scores
 from lamina.heads.text import TextHead
-from lamina.heads.texts import ClassTexts
+from lamina.heads.texts import ClassTexts, version_of
 from lamina.prompts.alone import alone, overlap
 from lamina.prompts.contexts import Position, Wording, check_room, encoded, worded
 
@@ -73,7 +73,7 @@ class SeveralTexts(ClassTexts):
         self._wordings = {place: old[place].joined(text) if place in old else text for place, text in new.items()}
 
     def version(self, column: int) -> Hashable:
-        return self.contexts.data_ptr(), self.contexts._version
+        return version_of(self.contexts)
 
     def encode(self, columns: Sequence[int]) -> Tensor:
         return self.encode_each(columns, range(len(self.contexts))).mean(0)

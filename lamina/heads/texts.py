@@ -32,6 +32,11 @@ def text_side(tower: Tower, method: str) -> TextSide:
     return tower.text
 
 
+def version_of(*parts: Tensor) -> Hashable:
+    """Return something that is another one as soon as one of some tensors was changed, or moved."""
+    return tuple((part.data_ptr(), part._version) for part in parts)
+
+
 class ClassTexts(nn.Module):
     """Features of class names, each of length 1; what is known of a class is computed once and kept.
 
@@ -237,8 +242,7 @@ class ContextTexts(ClassTexts):
         self._wording = new if old is None else old.joined(new)
 
     def version(self, column: int) -> Hashable:
-        part = self.contexts[self._context_of(column)[0]]
-        return part.data_ptr(), part._version
+        return version_of(self.contexts[self._context_of(column)[0]])
 
     def _context_of(self, column: int) -> tuple[int, int]:
         """Return a class's context; a class that is only previewed has the newest one."""
