@@ -8,6 +8,7 @@ not run again; what is half done is resumed; two copies of such a program beside
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from lamina.console import PlainProgress
+from lamina.errors import ConfigError
 from lamina.registry import method_class
 from lamina.runs import complete, plan
 from lamina.storage import write_whole
@@ -166,4 +168,8 @@ class Study:
 
 def _records(path: Path) -> dict[str, dict[str, Any]]:
     records = json.loads(path.read_text())["records"] if path.exists() else []
-    return {key(record): record for record in records}
+    found = {}
+    for record in records:
+        with contextlib.suppress(ConfigError):  # of settings that are no more: a run of no variant
+            found[key(record)] = record
+    return found
