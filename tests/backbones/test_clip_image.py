@@ -6,9 +6,11 @@ import itertools
 import open_clip
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from lamina.backbones.clip import ClipImageTower
+from lamina.backbones.timm_vit import TimmTower
 from lamina.backbones.tower import Splice
 from lamina.errors import ConfigError, ShapeError, UnsupportedBackbone
 from lamina.methods.dualprompt import DualPrompt
@@ -61,6 +63,21 @@ def test_without_prompts_it_is_open_clip(kind, tapped):
     close(tower(images(), tap=tap).features, expected)
     close(tower(images(), tap=tap, all_rows=True).features, expected)
     assert (tower.width, tower.depth, tower.features) == (48, 3, 24) and expected.shape == (7, 24)
+
+
+@pytest.mark.parametrize("prompted", [False, True])
+@pytest.mark.parametrize(("kind", "name"), [("plain", "clip_224"), ("quick", "clip_quickgelu_224")])
+def test_a_tower_of_timm_with_the_converted_weights_says_the_same(kind, name, prompted, tmp_path):
+    """timm reads open_clip's file; its tower has the features before their projection."""
+    save_file(clip(kind).state_dict(), tmp_path / "weights.safetensors")
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
+    file = {"file": str(tmp_path / "weights.safetensors")}
+    timm_tower = TimmTower.create(f"vit_base_patch16_{name}", pretrained=True, pretrained_cfg_overlay=file, **sizes)
+    tower, projection = ClipImageTower(clip(kind)).unprojected()
+    said = [part(images(), deep(VALUES) if prompted else None).features for part in (timm_tower, tower)]
+    close(*said)
+    if not prompted:
+        close(said[0] @ projection, clip(kind).encode_image(images()))
 
 
 def test_the_models_differ_in_what_they_are_here_for():
