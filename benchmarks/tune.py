@@ -51,6 +51,9 @@ PREFIX_RATES = [
     {"lr": 0.01, "temperature": 1.0},
     {"lr": 0.005, "temperature": 5.0},
 ]
+#: for learned words, by SGD, and for what is learned beside features
+WORD_RATES = [{"lr": 0.002}, {"lr": 0.006}, {"lr": 0.02}, {"lr": 0.06}]
+FEATURE_RATES = [{"lr": 0.001}, {"lr": 0.003}, {"lr": 0.01}, {"lr": 0.0003}]
 TRIES: dict[str, list[dict[str, Any]]] = {
     "vpt-deep": RATES,
     "joint": RATES,
@@ -72,6 +75,13 @@ TRIES: dict[str, list[dict[str, Any]]] = {
     "dualprompt": POOL_RATES,
     "coda-prompt": PREFIX_RATES,
     "l2p-pp": PREFIX_RATES,
+    "coop": WORD_RATES,
+    "bayes-prompt": WORD_RATES,
+    "proda": WORD_RATES,
+    "cocoop": WORD_RATES,
+    "attriclip": [{"lr": 0.0016}, {"lr": 0.005}, {"lr": 0.016}, {"lr": 0.05}],
+    "clip-adapter": FEATURE_RATES,
+    "proof": FEATURE_RATES,
 }
 
 
