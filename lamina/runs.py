@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from lamina.config import Settings, read_toml, write_toml
 from lamina.data.parts import JoinedStream
@@ -37,6 +37,11 @@ class RunSettings(Settings):
     backbone: str = Field(description="see `lamina list backbones`; what is not given is the method's own")
     seed: int = Field(0, ge=0, description="of everything random in training; the order of classes has its own")
     augmentation: str = Field("crop-flip", description="transform of training images")
+    views: int | Literal["flip"] | None = Field(
+        None,
+        description="fixed views that training images show in turn: flip (plain, mirrored), or so many draws of the "
+        "augmentation; else every pass draws anew, and cached features are those of plain images",
+    )
     normalization: Literal["backbone", "unit", "half", "imagenet"] = Field(
         "backbone",
         description="mean and deviation of pixels: the backbone's own; unit feeds them from 0 to 1, half from -1 to 1, "
@@ -63,6 +68,15 @@ class RunSettings(Settings):
         if "method" not in values:
             return values
         return {"backbone": default_backbone(method_class(values["method"])), **values}
+
+    @field_validator("views", mode="before")
+    @classmethod
+    def _views_there_are(cls, views: Any, others: ValidationInfo) -> Any:
+        if views is not None:
+            from lamina.data.views import check_views
+
+            check_views(views, others.data.get("augmentation", ""))
+        return views
 
 
 #: what may differ between a run and its continuation without changing what it computes
@@ -238,6 +252,7 @@ def _run(
 
     from lamina.backbones.load import load_backbone
     from lamina.data.transforms import InputSpec
+    from lamina.data.views import in_words
     from lamina.seeds import seed_at
     from lamina.training import checkpoint
     from lamina.training.feed import Feed
@@ -259,12 +274,14 @@ def _run(
         fabric,
         spec,
         augmentation=run.augmentation,
+        views=run.views,
         seed=run.seed,
         eval_batch=run.eval_batch,
         workers=run.workers,
     )
     asked = {name: value for name, value in run.model_dump().items() if name not in _FREE}
-    for name in ("measure_drift", "online", "normalization"):  # a checkpoint from before they were there has none
+    # a checkpoint from before they were there has none
+    for name in ("measure_drift", "online", "normalization", "views"):
         if asked[name] == RunSettings.model_fields[name].default:
             del asked[name]
     identity = {
@@ -314,7 +331,7 @@ def _run(
             "tested_on": "held-out training images" if run.stream.holdout else "test images",
             "image_size": spec.size,
             **({"normalization": run.normalization} if run.normalization != "backbone" else {}),
-            "augmentation": "none (cached features)" if learner.cache == "features" else run.augmentation,
+            "augmentation": in_words(run.views, run.augmentation, learner.cache == "features"),
             "precision": identity["precision"],
             **_test_batch(learner.model.transductive, run.eval_batch),
             "skipped_images": stream.skipped,

@@ -46,6 +46,10 @@ def run(
     online: Annotated[
         bool, typer.Option("--online", help="Train on each image once, whatever the method says.")
     ] = False,
+    views: Annotated[
+        str | None,
+        typer.Option(help="Fixed views of training images: flip, or so many draws of the augmentation."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run a method over a stream of tasks and measure what it remembers."""
@@ -54,6 +58,7 @@ def run(
 
     place = {"tasks": tasks, "skip_broken": skip_broken or None}
     pairs = [f"stream.{name}={json.dumps(value)}" for name, value in place.items() if value is not None]
+    pairs += [f"views={views}"] if views is not None else []
     overrides = assignments([*(changes or []), *pairs])
     given = {"backbone": backbone, "seed": seed, "devices": devices, "precision": precision}
     given |= {"measure_drift": measure_drift or None, "online": online or None}

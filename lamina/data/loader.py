@@ -6,7 +6,7 @@ what was drawn before. So a run that resumes at step 812 goes on with the batch 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from lamina.data.stream import Split
 from lamina.data.transforms import Transform
+from lamina.data.views import View
 from lamina.errors import ConfigError, DataError
 from lamina.seeds import generator_at, seed_at
 
@@ -44,6 +45,23 @@ class Share:
         return (mine if len(mine) else batch[:1]), weight
 
 
+class Part(NamedTuple):
+    """One process's part of a global batch, before any image is read.
+
+    Attributes:
+        positions: (b,), int64. The place of each image in its split.
+        passes: (b,), int64. Which pass through the split each image belongs to, counted over epochs and repetitions.
+        views: (b,), int64. Which of its fixed views each image shows.
+        size, weight: as in `Step`.
+    """
+
+    positions: np.ndarray
+    passes: np.ndarray
+    views: np.ndarray
+    size: int
+    weight: float
+
+
 class Step(NamedTuple):
     """One process's part of one training step.
 
@@ -51,6 +69,7 @@ class Step(NamedTuple):
         images: (b, 3, size, size), float32, normalised.
         columns: (b,), int64.
         positions: (b,), int64. The place of each image in its split.
+        views: (b,), int64. Which of its fixed views each image shows; 0 where there are none.
         size: images in the global batch, over all processes.
         weight: what to multiply this process's mean loss by, so that the mean over processes (as DDP forms
             it) is the mean over the global batch. 0 for a process that got no image of a small last batch: it
@@ -60,12 +79,13 @@ class Step(NamedTuple):
     images: Tensor
     columns: Tensor
     positions: Tensor
+    views: Tensor
     size: int
     weight: float
 
 
 class PlainBatch(NamedTuple):
-    """Images without randomness, in order.
+    """Images in order, each as it looks at any time.
 
     Attributes:
         images: (b, 3, size, size), float32, normalised.
@@ -104,6 +124,29 @@ def global_batch(
     return _places(split, address, batch_size, step, repeat) % len(split)
 
 
+def part_of(
+    split: Split,
+    *,
+    address: tuple[int | str, ...],
+    batch_size: int,
+    step: int,
+    share: Share = Share(),
+    repeat: int = 1,
+    views: int = 1,
+) -> Part:
+    """Return this process's part of a step's global batch.
+
+    Args:
+        views: how many fixed views an image shows in turn. Images next to each other begin with different ones, so a
+            batch mixes them.
+    """
+    batch = _places(split, address, batch_size, step, repeat)
+    mine, weight = share.of(batch)
+    again, positions = np.divmod(mine, len(split))
+    passes = step // steps_per_epoch(split, batch_size, repeat) * repeat + again
+    return Part(positions, passes, (passes + split.first_indices[positions]) % views, len(batch), weight)
+
+
 def _places(split: Split, address: tuple[int | str, ...], batch_size: int, step: int, repeat: int) -> np.ndarray:
     """Return the places (g,) of a step's global batch among `repeat` splits in a row."""
     epoch, place = divmod(step, steps_per_epoch(split, batch_size, repeat))
@@ -127,6 +170,7 @@ def training_steps(
     share: Share = Share(),
     workers: int = 0,
     repeat: int = 1,
+    views: Sequence[View] = (),
 ) -> Iterator[Step]:
     """Yield this process's part of every training step from `start_step` to the last of the last epoch.
 
@@ -138,6 +182,7 @@ def training_steps(
         start_step: counted over all epochs; the steps before are not touched.
         workers: processes that prepare batches ahead; 0 prepares each when it is asked for.
         repeat: how many times an epoch goes through the split, shuffled together and each time augmented anew.
+        views: what images show in turn, in place of the transform; empty where each pass draws anew.
 
     Raises:
         DataError: when the split is empty.
@@ -150,7 +195,7 @@ def training_steps(
         raise ConfigError(
             f"start_step, workers and epochs must be at least 0; got {start_step}, {workers} and {epochs}"
         )
-    steps = _Steps(split, transform, address, batch_size, share, repeat)
+    steps = _Steps(split, transform, address, batch_size, share, repeat, views)
     return steps.run(range(start_step, total), workers)
 
 
@@ -160,26 +205,35 @@ def plain_batches(
     *,
     batch_size: int,
     share: Share = Share(),
+    draw: tuple[int | str, ...] = (),
 ) -> Iterator[PlainBatch]:
     """Yield this process's images in the order of the split, `batch_size` at a time; every image comes once.
 
     Shares may differ by one image; a process without images gets no batch.
 
+    Args:
+        draw: the address of a view's draw, under which a transform may be random; see `View`.
+
     Raises:
-        ConfigError: when the transform is random, or the batch size below 1.
+        ConfigError: when the transform is random without an address, or the batch size below 1.
     """
-    if transform.random:
+    if transform.random and not draw:
         raise ConfigError(f"evaluation needs a transform without randomness: 'plain'; got {transform.name!r}")
     steps_per_epoch(split, batch_size)
     mine = np.arange(share.rank, len(split), share.world)
-    return _plain(split, transform, mine, batch_size)
+    return _plain(split, View(transform, draw), mine, batch_size)
 
 
-def _plain(split: Split, transform: Transform, mine: np.ndarray, batch_size: int) -> Iterator[PlainBatch]:
+def _plain(split: Split, view: View, mine: np.ndarray, batch_size: int) -> Iterator[PlainBatch]:
+    transform = view.transform
     for start in range(0, len(mine), batch_size):
         positions = mine[start : start + batch_size]
         pixels = _pixels(split, positions)
-        seen = transform(pixels) if isinstance(pixels, Tensor) else torch.stack([transform(image) for image in pixels])
+        if isinstance(pixels, Tensor) and not transform.random:
+            seen = transform(pixels)
+        else:
+            indices = split.first_indices[positions].tolist()
+            seen = _seen(pixels, [_viewed(view, index) for index in indices])
         yield PlainBatch(transform.normalised(seen), _columns(split, positions), torch.from_numpy(positions))
 
 
@@ -194,9 +248,10 @@ class _Steps:
         batch_size: int,
         share: Share,
         repeat: int,
+        views: Sequence[View],
     ) -> None:
         self.split, self.transform, self.address, self.batch_size = split, transform, address, batch_size
-        self.share, self.repeat = share, repeat
+        self.share, self.repeat, self.views = share, repeat, views
 
     def run(self, numbers: range, workers: int) -> Iterator[Step]:
         if not workers:
@@ -214,33 +269,55 @@ class _Steps:
         )
 
     def __getitem__(self, step: int) -> Step:
-        batch = _places(self.split, self.address, self.batch_size, step, self.repeat)
-        mine, weight = self.share.of(batch)
-        epoch = step // steps_per_epoch(self.split, self.batch_size, self.repeat)
-        seen = self._augmented(mine, epoch)
-        positions = mine % len(self.split)
-        columns, places = _columns(self.split, positions), torch.from_numpy(positions)
-        return Step(self.transform.normalised(seen), columns, places, len(batch), weight)
+        part = part_of(
+            self.split,
+            address=self.address,
+            batch_size=self.batch_size,
+            step=step,
+            share=self.share,
+            repeat=self.repeat,
+            views=max(1, len(self.views)),
+        )
+        images = self.transform.normalised(self._augmented(part))
+        places, views = torch.from_numpy(part.positions), torch.from_numpy(part.views)
+        return Step(images, _columns(self.split, part.positions), places, views, part.size, part.weight)
 
-    def _augmented(self, places: np.ndarray, epoch: int) -> Tensor:
+    def _augmented(self, part: Part) -> Tensor:
         """Return uint8 (b, 3, size, size)."""
-        times, positions = np.divmod(places, len(self.split))
-        pixels = _pixels(self.split, positions)
+        pixels = _pixels(self.split, part.positions)
+        if self.views:
+            shown = zip(part.views.tolist(), self.split.first_indices[part.positions].tolist(), strict=True)
+            return _seen(pixels, [_viewed(self.views[view], index) for view, index in shown])
         if not self.transform.random and isinstance(pixels, Tensor):
             return self.transform(pixels)
-        size = self.transform.spec.size
-        out = torch.empty(len(positions), 3, size, size, dtype=torch.uint8)
-        before = torch.get_rng_state()
-        try:
-            for place, image in enumerate(pixels):
-                index = int(self.split.indices[positions[place]])
-                again = [int(times[place])] if times[place] else []  # the first time has the address of old
-                # the CPU's generator alone: torch.manual_seed would also reset those of the GPUs
-                torch.default_generator.manual_seed(seed_at(*self.address, "augment", epoch, index, *again))
-                out[place] = self.transform(image)
-        finally:
-            torch.set_rng_state(before)
-        return out
+        drawn = zip(part.passes.tolist(), self.split.indices[part.positions].tolist(), strict=True)
+        return _seen(pixels, [(self.transform, self._anew(number, index)) for number, index in drawn])
+
+    def _anew(self, number: int, index: int) -> int:
+        """Return the seed of what an image draws in a pass of its own."""
+        epoch, again = divmod(number, self.repeat)
+        # the first time has the address of old
+        return seed_at(*self.address, "augment", epoch, index, *([again] if again else []))
+
+
+def _viewed(view: View, index: int) -> tuple[Transform, int]:
+    """Return how an image is seen in a fixed view, and under which seed."""
+    return view.transform, seed_at(*view.address, index)
+
+
+def _seen(pixels: Iterable[Tensor], ways: Sequence[tuple[Transform, int]]) -> Tensor:
+    """Return uint8 (b, 3, size, size): each image by its own transform, which draws under its own seed."""
+    size = ways[0][0].spec.size
+    out = torch.empty(len(ways), 3, size, size, dtype=torch.uint8)
+    before = torch.get_rng_state()
+    try:
+        for place, (image, (transform, seed)) in enumerate(zip(pixels, ways, strict=True)):
+            # the CPU's generator alone: torch.manual_seed would also reset those of the GPUs
+            torch.default_generator.manual_seed(seed)
+            out[place] = transform(image)
+    finally:
+        torch.set_rng_state(before)
+    return out
 
 
 def _pixels(split: Split, positions: np.ndarray) -> Tensor | list[Tensor]:

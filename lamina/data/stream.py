@@ -103,6 +103,16 @@ class Split:
     def __len__(self) -> int:
         return len(self.indices)
 
+    @property
+    def first_indices(self) -> np.ndarray:
+        """Where each image stands in the source that it was first taken from, (n,), int64.
+
+        The images of several sources have other `indices` together than each source has alone.
+        """
+        if not self.origins:
+            return self.indices
+        return np.concatenate([origin.split.first_indices[origin.positions] for origin in self.origins])
+
     def take(self, positions: np.ndarray) -> Split:
         """Return the images at some positions (k,), in that order; where they come from is remembered."""
         few = replace(self, indices=self.indices[positions], columns=self.columns[positions])
