@@ -93,8 +93,8 @@ class ClassStatistics(nn.Module, Watcher):  # in this order: what is remembered 
         return float((self.moment.trace() / count - centre @ centre).clamp_min(0).sqrt())
 
 
-def shrunk(covariance: Tensor, count: float) -> Tensor:
-    """Return a covariance (F, F), pulled towards a multiple of the identity as far as few images demand.
+def shrinkage(covariance: Tensor, count: float) -> float:
+    """Return how far few images demand that a covariance be pulled towards a multiple of the identity, in (0, 1].
 
     Args:
         covariance: (F, F), float64, measured.
@@ -107,7 +107,11 @@ def shrunk(covariance: Tensor, count: float) -> Tensor:
     squares, square = covariance.square().sum(), covariance.trace().square()
     above = (1 - 2 / size) * squares + square
     below = (count + 1 - 2 / size) * (squares - square / size)
-    share = 1.0 if below <= 0 else min(1.0, float(above / below))
+    return max(1.0 if below <= 0 else min(1.0, float(above / below)), 1e-6)
+
+
+def shrunk(covariance: Tensor, count: float) -> Tensor:
+    """Return a covariance (F, F), pulled towards a multiple of the identity as `shrinkage` says."""
+    size, share = len(covariance), shrinkage(covariance, count)
     level = (covariance.trace() / size).clamp_min(1e-12)  # images that are all alike have no spread at all
-    share = max(share, 1e-6)
     return (1 - share) * covariance + share * level * torch.eye(size, dtype=covariance.dtype, device=covariance.device)
