@@ -129,20 +129,32 @@ class Sureness(NamedTuple):
         probabilities: (B, C), float32.
         novelty: of each score (B,), float32: 0 is a typical known image, above 1 looks new; raw scores as
             long as no images were ever held out.
+        uncertainty: in nats (B,): the entropy of the probabilities; where the head draws, also its two parts, see
+            `uncertainty`.
     """
 
     probabilities: Tensor
     novelty: dict[str, Tensor]
+    uncertainty: dict[str, Tensor] = {}
 
 
-def sureness(logits: Tensor, features: Tensor, gaussians: Gaussians, confidence: Confidence) -> Sureness:
-    """Turn logits (B, C) and features (B, F) into probabilities and novelty."""
+def sureness(
+    logits: Tensor, features: Tensor, gaussians: Gaussians, confidence: Confidence, draws: Tensor | None = None
+) -> Sureness:
+    """Turn logits (B, C) and features (B, F) into probabilities, novelty and uncertainty.
+
+    Args:
+        draws: (S, B, C), of a head that draws.
+    """
     logits = logits.float()
     novelty = {}
     for name, values in raw_scores(logits, features, gaussians, confidence.unit).items():
         scale = confidence.scale(name)
         novelty[name] = values if scale is None else (values - scale[0]) / (scale[1] - scale[0])
-    return Sureness((logits / confidence.temperature).softmax(-1), novelty)
+    scaled = logits / confidence.temperature
+    drawn = scaled[None] if draws is None else draws.float() / confidence.temperature
+    unsure = uncertainty(drawn)
+    return Sureness(scaled.softmax(-1), novelty, {"entropy": unsure["entropy"]} if draws is None else unsure)
 
 
 def raw_scores(logits: Tensor, features: Tensor, gaussians: Gaussians, unit: float) -> dict[str, Tensor]:
@@ -197,3 +209,24 @@ def fitted_temperature(logits: Tensor, labels: Tensor) -> float:
 
     found = minimize_scalar(loss, bounds=(math.log(0.01), math.log(100)), method="bounded", options={"xatol": 1e-6})
     return spread * math.exp(float(found.x))
+
+
+def uncertainty(logits: Tensor) -> dict[str, Tensor]:
+    """Return how uncertain predictions are, and why, from logits (S, B, C) of single draws; (B,) each, in nats.
+
+    The entropy of the mean prediction is the sum of two parts: the mean entropy of draws, which more images of the
+    kind would not change, and the mutual information, what draws disagree on, which they would.
+
+    >>> two = torch.tensor([[[0.0, 100.0]], [[100.0, 0.0]]])
+    >>> {name: round(float(value), 4) for name, value in uncertainty(two).items()}
+    {'entropy': 0.6931, 'expected_entropy': 0.0, 'mutual_information': 0.6931}
+    """
+    each = logits.double().log_softmax(-1)
+    mean = each.logsumexp(0) - math.log(len(logits))
+    entropy = torch.special.entr(mean.exp()).sum(-1)
+    expected = torch.special.entr(each.exp()).sum(-1).mean(0)
+    return {
+        "entropy": entropy,
+        "expected_entropy": expected,
+        "mutual_information": (entropy - expected).clamp_min(0),
+    }

@@ -209,10 +209,10 @@ class ContinualModel:
 
     @torch.inference_mode()
     def judge(self, pixels: Tensor, head: Head | None = None) -> Sureness:
-        """Return probabilities and novelty of images (B, 3, size, size), uint8, as `plain` makes them.
+        """Return probabilities, novelty and uncertainty of images (B, 3, size, size), uint8, as `plain` makes them.
 
         Args:
-            head: from `Head.preview`, for probabilities over further classes, too; novelty is as without them.
+            head: from `Head.preview`, for probabilities over further classes, too; all else is as without them.
 
         Raises:
             ConfigError: when nothing was learned yet.
@@ -220,11 +220,13 @@ class ContinualModel:
         if not self.lessons:
             raise ConfigError("this model knows no class yet; let it learn some first")
         logits, features = self._scored(Batch(self.fabric.to_device(self.plain.normalised(pixels))), self.model)
-        said = sureness(logits, features, self._gaussians, self.confidence)
+        draws = self.model.head.samples_of(features)
+        said = sureness(logits, features, self._gaussians, self.confidence, draws)
         if head is not None:
             wider = averaged(Output(head.eval()(features).logits, {})).float() / self.confidence.temperature
             said = said._replace(probabilities=wider.softmax(-1))
-        return Sureness(said.probabilities.cpu(), {name: values.cpu() for name, values in said.novelty.items()})
+        novelty, unsure = ({name: part.cpu() for name, part in parts.items()} for parts in said[1:])
+        return Sureness(said.probabilities.cpu(), novelty, unsure)
 
     def _scored(self, batch: Batch, model: PromptedModel) -> tuple[Tensor, Tensor]:
         """Return logits (B, C) and features (B, F), with one run of the tower."""

@@ -39,6 +39,8 @@ class Phase:
         data: whose images it takes: the task's, those and what the learner's memory keeps of earlier tasks, or all that
             the memory keeps. After the look back, that has images of the finished task; before anything is kept, a
             phase on it takes no step.
+        most_steps: after so many steps the phase is over, whatever its epochs; schedules go by what is taken. None
+            sets no limit.
 
     Raises:
         ConfigError: when old images are asked for where only the task's classes compete, or beside draws.
@@ -55,6 +57,7 @@ class Phase:
     parameters: Callable[[PromptedModel], Sequence[nn.Parameter]] | None = None
     clip_norm: float | None = None
     data: Literal["task", "task+memory", "memory"] = "task"
+    most_steps: int | None = None
 
     def __post_init__(self) -> None:
         if self.data != "task" and self.draws:
@@ -148,3 +151,13 @@ def decaying(kind: type[Optimizer], decay: float, **options: Any) -> Callable[[l
         return kind(groups, **options)
 
     return make
+
+
+def all_but(*held: str) -> Callable[[PromptedModel], list[nn.Parameter]]:
+    """Return what finds the parameters of a model but those of frozen towers and of parts that `held` names."""
+
+    def find(model: PromptedModel) -> list[nn.Parameter]:
+        frozen = (*model.towers, *held)
+        return [value for name, value in model.named_parameters() if not name.startswith(frozen)]
+
+    return find

@@ -75,6 +75,11 @@ class PromptedModel(nn.Module):
         return self.head.transductive or (self.prompts is not None and self.prompts.transductive)
 
     @property
+    def pool_size(self) -> int:
+        """How many prompts images choose from, by the prompts or by the head; 0 where there is nothing to choose."""
+        return (self.prompts.pool_size if self.prompts is not None else 0) or self.head.pool_size
+
+    @property
     def tasks_left(self) -> int | None:
         """How many more tasks there is room for; None where nothing limits them."""
         return None if self.prompts is None else self.prompts.tasks_left
@@ -88,7 +93,8 @@ class PromptedModel(nn.Module):
     @property
     def towers(self) -> tuple[str, ...]:
         """What names of the frozen towers' parameters begin with."""
-        return tuple(f"{name}." for name, part in self.named_modules() if isinstance(part, Tower))
+        parts = self.named_modules(remove_duplicate=False)  # two parts of a head may share the text tower
+        return tuple(f"{name}." for name, part in parts if isinstance(part, Tower))
 
     def learned(self) -> dict[str, Tensor]:
         """Return everything that is not in a frozen tower, by name."""
@@ -141,4 +147,4 @@ class PromptedModel(nn.Module):
         """Score a batch; `task` is the true task in training, None in evaluation."""
         features, terms, chosen = self._read(batch, task)
         scores = self.head(features, batch.labels)
-        return Output(scores.logits, {**terms, **scores.terms}, chosen)
+        return Output(scores.logits, {**terms, **scores.terms}, scores.chosen if chosen is None else chosen)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Prediction:
         top: (class, probability) pairs, most likely first; empty when the image could not be read.
         novelty: 0 is a typical known image, above 1 looks new; None without an image.
         novel: novelty is above 1; None where nothing was held out, so that no threshold is known.
+        uncertainty: entropy of the prediction in nats, and its parts where the method draws; empty without an image.
         error: why the image could not be read.
     """
 
@@ -36,6 +37,7 @@ class Prediction:
     top: Sequence[tuple[str, float]] = ()
     novelty: float | None = None
     novel: bool | None = None
+    uncertainty: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -47,6 +49,7 @@ class Prediction:
             "top": [{"class": name, "probability": probability} for name, probability in self.top],
             "novelty": self.novelty,
             "novel": self.novel,
+            "uncertainty": dict(self.uncertainty),
             "error": self.error,
         }
 
@@ -109,22 +112,24 @@ def _predictions(
             if item.pixels is None:
                 yield Prediction(item.path, error=item.error)
                 continue
-            probabilities, novelty = next(said)
+            probabilities, novelty, unsure = next(said)
             best = probabilities.topk(min(top, len(names)))
             pairs = [(names[column], p) for column, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
             new = float(novelty[score])
-            yield Prediction(item.path, pairs, new, new > 1 if known else None)
+            yield Prediction(item.path, pairs, new, new > 1 if known else None, unsure)
 
 
 def _said(
     model: ContinualModel, group: Sequence[Incoming], head: Head | None
-) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, float]]]:
     pixels = [item.pixels for item in group if item.pixels is not None]
     if not pixels:
         return
     said = model.judge(torch.stack(pixels), head)
     for place in range(len(pixels)):
-        yield said.probabilities[place], {name: values[place] for name, values in said.novelty.items()}
+        novelty = {name: values[place] for name, values in said.novelty.items()}
+        unsure = {name: float(values[place]) for name, values in said.uncertainty.items()}
+        yield said.probabilities[place], novelty, unsure
 
 
 def evaluate(model: ContinualModel, file: ModelFile, folder: Path, *, skip_broken: bool = False) -> Assessment:

@@ -12,6 +12,7 @@ from lamina.errors import ConfigError, unknown
 METHODS: dict[str, str] = {
     "attriclip": "lamina.methods.attriclip:AttriCLIP",
     "bayes-prompt": "lamina.methods.bayes_prompt:BayesPrompt",
+    "clap": "lamina.methods.clap:CLAP",
     "clip-adapter": "lamina.methods.clip_adapter:ClipAdapter",
     "clip-nsp2": "lamina.methods.clip_nsp2:CLIPNSP2",
     "clip-pgp": "lamina.methods.clip_pgp:CLIPPGP",
@@ -34,6 +35,7 @@ METHODS: dict[str, str] = {
     "proof": "lamina.methods.proof:PROOF",
     "ranpac": "lamina.methods.ranpac:RanPAC",
     "strata": "lamina.methods.strata:Strata",
+    "strata-clip": "lamina.methods.strata_clip:StrataCLIP",
     "vpt-deep": "lamina.methods.vpt_deep:VPTDeep",
     "vpt-nsp2": "lamina.methods.vpt_nsp2:VPTNSP2",
     "vpt-nsp2-exact": "lamina.methods.vpt_nsp2_exact:VPTNSP2Exact",

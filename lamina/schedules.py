@@ -72,3 +72,12 @@ def warmed(part: float, factor: float, schedule: Schedule) -> Schedule:
     [0.01, 0.01, 1.0, 0.5, 0.0]
     """
     return lambda progress: factor if progress < part else schedule((progress - part) / (1 - part))
+
+
+def rising(part: float, schedule: Schedule) -> Schedule:
+    """Rise from 0 to the learning rate in a part of training, and go through a schedule in the rest of it.
+
+    >>> [round(rising(0.2, cosine())(p), 3) for p in (0.0, 0.05, 0.2, 0.6, 1.0)]
+    [0.0, 0.25, 1.0, 0.5, 0.0]
+    """
+    return lambda progress: progress / part if progress < part else schedule((progress - part) / (1 - part))

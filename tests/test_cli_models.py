@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -79,7 +80,7 @@ def test_after_three_lessons_a_fresh_process_tells_old_classes_and_new_ones(shop
 
 def test_three_lessons_of_prompts_keep_columns_in_order_of_arrival_and_old_classes_alive(shop, tmp_path):
     path = tmp_path / "strata.lamina"
-    words = ["--backbone", "lamina:vit-nano", "--set=length=16", "--set=epochs=3", "--set=batch_size=7"]
+    words = ["--backbone", "lamina:vit-nano", "--set=length=16", "--set=epochs=1", "--set=batch_size=7"]
     for name in ("1", "2", "3"):
         code, _, errors = Forked("learn", path, shop / name, *words, folder=tmp_path).end()
         assert code == 0, errors
@@ -111,7 +112,7 @@ def test_all_formats_say_the_same(shop, learned, command):
     assert len(lines) == len(table) == len(text) - 1 == 28
     for said, cells, line in zip(lines, table, text[1:], strict=True):
         best, second = said["top"]
-        assert list(said) == ["path", "class", "probability", "top", "novelty", "novel", "error"]
+        assert list(said) == ["path", "class", "probability", "top", "novelty", "novel", "uncertainty", "error"]
         assert (said["class"], said["probability"]) == (best["class"], best["probability"]) and said["error"] is None
         assert list(cells) == [
             "path", "class_1", "probability_1", "class_2", "probability_2", "novelty", "novel", "error",
@@ -125,6 +126,19 @@ def test_all_formats_say_the_same(shop, learned, command):
         assert line.split() == (
             f"{share} {said['novelty']:.2f} {mark}{best['class']}, {second['class']} {other} {said['path']}".split()
         )
+
+
+def test_uncertainty_is_the_entropy_of_all_probabilities_and_is_printed_when_asked(shop, learned, command):
+    words = ["predict", learned, shop / "test", "--top", "99"]
+    for said in rows(command(*words, "--format", "jsonl")[1]):
+        shares = [each["probability"] for each in said["top"]]
+        entropy = -sum(share * math.log(share) for share in shares if share)
+        assert said["uncertainty"] == {"entropy": pytest.approx(entropy, abs=1e-4)}
+    header, first, *_ = command(*words, "--uncertainty")[1].splitlines()
+    assert header.split() == ["probability", "novelty", "entropy", "disagree", "class,", "image"]
+    assert first.split()[3].replace(".", "").isdigit() and first.split()[4] == "–"
+    table = csv.DictReader(io.StringIO(command(*words, "--uncertainty", "--format", "csv")[1]))
+    assert [row["mutual_information"] for row in table] == [""] * 28
 
 
 def test_top_names_as_many_classes_as_there_are_and_their_probabilities_sum_to_one(shop, learned, command):

@@ -106,3 +106,28 @@ def test_a_file_for_deployment_holds_what_was_read_and_not_the_tower_that_read_i
     assert code == 0 and "ONNX Runtime gives the scores of --precision 32" in out
     assert onnx.stat().st_size < 1e6  # the table of words alone has 8 MB
     assert json.loads((tmp_path / "m.json").read_text())["classes"] == ["emu", "n0144", "red_fox"]
+
+
+def test_a_model_that_draws_says_why_it_is_uncertain(tiny, folder, tmp_path, command):
+    path = tmp_path / "m.lamina"
+    quick = ["--set", "epochs=1", "--set", "samples=3"]
+    assert command("learn", path, folder, "--method", "clap", "--backbone", tiny, *quick)[0] == 0
+    asked = ["predict", path, folder, "--format", "jsonl"]
+    rows = [json.loads(line)["uncertainty"] for line in command(*asked)[1].splitlines()]
+    assert len(rows) == 15
+    for said in rows:
+        parts = said["expected_entropy"] + said["mutual_information"]
+        assert said["entropy"] == pytest.approx(parts, abs=1e-6) and said["mutual_information"] > 0
+    alone = [json.loads(command("predict", path, line, "--format", "jsonl")[1])["uncertainty"]
+             for line in sorted(map(str, (folder / "emu").iterdir()))[:2]]  # fmt: skip
+    assert alone == [pytest.approx(said, rel=1e-4) for said in rows[:2]]  # draws are the same, whoever is beside
+
+
+def test_a_file_without_one_of_its_encoders_is_refused(tiny, folder, tmp_path, command):
+    path = tmp_path / "m.lamina"
+    assert command("learn", path, folder, "--method", "clap", "--backbone", tiny, "--set", "epochs=1")[0] == 0
+    file = ModelFile.read(path)
+    del file.learned["head.encoders.tasks.0.spread.weight"]
+    file.write(path)
+    code, _, errors = command("predict", path, folder)
+    assert code == 2 and len(errors) == 1 and "head.encoders.tasks.0.spread.weight" in errors[0]

@@ -18,6 +18,9 @@ from lamina.cli.shared import Json, app, note, print_table, progress_of, stoppab
 from lamina.cli.told import images, lesson_lines, percent, print_inspected, usual_line
 from lamina.errors import ConfigError, LaminaError
 
+#: of a prediction: its entropy, what more images of the kind would not change of it, and what they would
+_UNSURE = ("entropy", "expected_entropy", "mutual_information")
+
 #: what `predict` says at the end when some images could not be read
 SOME_BROKEN = 3
 
@@ -131,6 +134,9 @@ def predict(
     flag_novel: Annotated[
         bool, typer.Option("--flag-novel", help="Mark images that look like nothing that was learned.")
     ] = False,
+    uncertainty: Annotated[
+        bool, typer.Option("--uncertainty", help="Tell how uncertain each prediction is, in nats, and why.")
+    ] = False,
     also: Annotated[
         str | None,
         typer.Option(metavar="NAME,NAME", help="For CLIP: further classes to choose from, by their names alone."),
@@ -139,6 +145,7 @@ def predict(
     precision: Precision = None,
 ) -> None:
     """Say what is in pictures, as results come; exit code 3 when some could not be read."""
+    from lamina.console import reading_shown
     from lamina.continual import ContinualModel
     from lamina.predictions import predict as predictions
 
@@ -158,8 +165,9 @@ def predict(
             yield prediction
 
     try:
-        for line in _printed(counted(), form, top, flag_novel):
-            print(line, flush=True)
+        with reading_shown():
+            for line in _printed(counted(), form, top, flag_novel, uncertainty):
+                print(line, flush=True)
     except BrokenPipeError:  # whoever read our output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if broken:
@@ -179,6 +187,7 @@ def evaluate(
     """Measure how good a model is: per task, per class, confusions, calibration; folders of unknown classes measure
     how well it notices what is new.
     """
+    from lamina.console import reading_shown
     from lamina.continual import ContinualModel
     from lamina.modelfile import ModelFile
     from lamina.predictions import evaluate as evaluated
@@ -189,7 +198,8 @@ def evaluate(
     _spare(model, out)
     file = ModelFile.read(model)
     kept = ContinualModel.load(file, precision=precision)  # type: ignore[arg-type]  # checked where it is used
-    found = evaluated(kept, file, folder, skip_broken=skip_broken)
+    with reading_shown():
+        found = evaluated(kept, file, folder, skip_broken=skip_broken)
     if out is not None:
         write_page(found, out)
     if as_json:
@@ -290,7 +300,7 @@ def _spare(model: Path, *outputs: Path | None) -> None:
             raise ConfigError(f"{out} is the model; choose another file to write to")
 
 
-def _printed(predictions: Iterable[Any], form: Format, top: int, flag_novel: bool) -> Iterator[str]:
+def _printed(predictions: Iterable[Any], form: Format, top: int, flag_novel: bool, uncertainty: bool) -> Iterator[str]:
     """Yield the lines to print, one by one."""
     from lamina.text import printable
 
@@ -313,24 +323,29 @@ def _printed(predictions: Iterable[Any], form: Format, top: int, flag_novel: boo
                 *(f"{what}_{i}" for i in numbers for what in ("class", "probability")),
                 "novelty",
                 "novel",
+                *(_UNSURE if uncertainty else ()),
                 "error",
             ]
         )
         yield line.text
         for p in predictions:
             pairs = [value for pair in p.top for value in pair] + [""] * (2 * (top - len(p.top)))
-            writer.writerow([printable(p.path), *pairs, p.novelty, p.novel, p.error])
+            unsure = [p.uncertainty.get(name) for name in _UNSURE] if uncertainty else []
+            writer.writerow([printable(p.path), *pairs, p.novelty, p.novel, *unsure, p.error])
             yield line.text
     else:
-        yield f"{'probability':>11}  {'novelty':>7}  class, image"
+        columns = f"{'entropy':>7}  {'disagree':>8}  " if uncertainty else ""
+        yield f"{'probability':>11}  {'novelty':>7}  {columns}class, image"
         for p in predictions:
             if p.error is not None:
-                yield f"{'':>11}  {'':>7}  {printable(p.path)}: {printable(p.error)}"
+                yield f"{'':>11}  {'':>7}  {'':>{len(columns)}}{printable(p.path)}: {printable(p.error)}"
                 continue
             mark = "new? " if flag_novel and p.novel else ""
             others = "".join(f", {printable(name)} {percent(share)}" for name, share in p.top[1:])
             said = f"{mark}{printable(p.top[0][0])}{others}"
-            yield f"{percent(p.top[0][1]):>11}  {p.novelty:>7.2f}  {said}  {printable(p.path)}"
+            parts = [p.uncertainty.get(name) for name in ("entropy", "mutual_information")] if uncertainty else []
+            told = "".join(f"{'–' if v is None else f'{v:.2f}':>{w}}  " for v, w in zip(parts, (7, 8), strict=False))
+            yield f"{percent(p.top[0][1]):>11}  {p.novelty:>7.2f}  {told}{said}  {printable(p.path)}"
 
 
 class _Line:

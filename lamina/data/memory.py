@@ -14,13 +14,19 @@ from lamina.data.stream import Split, Task, mixed
 from lamina.errors import ConfigError, ShapeError
 from lamina.seeds import generator_at
 
-Choice = Literal["random", "herding", "entropy"]
+Choice = Literal["random", "first", "herding", "entropy", "energy", "variance"]
+
+#: what a choice looks at: "draws" are the scores of each draw, from a head that draws
+Wanted = Literal["nothing", "features", "scores", "draws"]
 
 #: what each way to choose looks at
-_WANTED: dict[str, Literal["nothing", "features", "scores"]] = {
+_WANTED: dict[str, Wanted] = {
     "random": "nothing",
+    "first": "nothing",
     "herding": "features",
     "entropy": "scores",
+    "energy": "scores",
+    "variance": "draws",
 }
 
 
@@ -35,9 +41,11 @@ class Memory:
     Args:
         per_class: how many images of a class are kept at most.
         total: how many in all, the same number for every class met so far; what is left over stays empty.
-        choose: the order of preference. "random" draws it, by address; "herding" takes the image that brings the mean
-            of those taken nearest to that of all, features being of unit length; "entropy" takes those first of which
-            the model is least sure. Equals are taken in the order of the split.
+        choose: the order of preference. "random" draws it, by address; "first" is the order of the split; "herding"
+            takes the image that brings the mean of those taken nearest to that of all, features being of unit length;
+            "entropy" takes those first of which the model is least sure; "energy" those that look most known, whose
+            scores have the largest log-sum-exp; "variance" those on whose probabilities draws agree most. Equals are
+            taken in the order of the split.
 
     Raises:
         ConfigError: when neither or both budgets are given, one is below 1, or nobody knows the choice.
@@ -69,7 +77,7 @@ class Memory:
         return sum(len(positions) for tasks in self._kept.values() for positions in tasks.values())
 
     @property
-    def wants(self) -> Literal["nothing", "features", "scores"]:
+    def wants(self) -> Wanted:
         """What `keep` looks at, of each training image of a task."""
         return _WANTED[self.choose]
 
@@ -91,18 +99,27 @@ class Memory:
                 f"least {classes}, or a number per class"
             )
 
-    def keep(self, task: Task, seed: int, *, features: Tensor | None = None, scores: Tensor | None = None) -> None:
+    def keep(
+        self,
+        task: Task,
+        seed: int,
+        *,
+        features: Tensor | None = None,
+        scores: Tensor | None = None,
+        draws: Tensor | None = None,
+    ) -> None:
         """Choose among the training images of a task that is over, and let go of old ones that have no room left.
 
         Args:
             seed: of the run.
             features: (n, F), of the task's training images in their order; for "herding".
-            scores: (n, C), the same, over all classes met; for "entropy".
+            scores: (n, C), the same, over all classes met; for "entropy" and "energy".
+            draws: (n, 1), what `disagreement` says of their draws; for "variance".
 
         Raises:
             ShapeError: when what is looked at is missing, or has another number of rows.
         """
-        seen = {"features": features, "scores": scores}.get(self.wants)
+        seen = {"features": features, "scores": scores, "draws": draws}.get(self.wants)
         if self.wants != "nothing" and (seen is None or seen.ndim != 2 or len(seen) != len(task.train)):
             got = "none" if seen is None else f"shape {tuple(seen.shape)}"
             raise ShapeError(
@@ -121,11 +138,16 @@ class Memory:
     def _preferred(self, count: int, rows: Tensor | None, address: tuple[int | str, ...]) -> np.ndarray:
         """Return the places (k,) of the best images of a class among all `count` of it, k at most `room`."""
         if rows is None:
-            order = torch.randperm(count, generator=generator_at(*address))
-        elif self.wants == "features":
+            drawn = self.choose == "random"
+            order = torch.randperm(count, generator=generator_at(*address)) if drawn else torch.arange(count)
+        elif self.choose == "herding":
             order = herded(rows, self.room)
-        else:
+        elif self.choose == "entropy":
             order = entropies(rows).argsort(descending=True, stable=True)
+        elif self.choose == "energy":
+            order = rows.logsumexp(1).argsort(descending=True, stable=True)
+        else:
+            order = rows[:, 0].argsort(stable=True)
         return order[: self.room].numpy()
 
     def of(self, task: Task) -> Split:
@@ -185,6 +207,18 @@ def entropies(scores: Tensor) -> Tensor:
     [0.6931471824645996, 0.0]
     """
     return torch.special.entr(scores.softmax(1)).sum(1)
+
+
+def disagreement(scores: Tensor) -> Tensor:
+    """Return how far draws differ (n,): the variance of probabilities over draws, summed over classes.
+
+    Args:
+        scores: (S, n, C), of each draw.
+
+    >>> disagreement(torch.tensor([[[0.0, 99.0], [0.0, 0.0]], [[99.0, 0.0], [0.0, 0.0]]])).tolist()
+    [0.5, 0.0]
+    """
+    return scores.double().softmax(-1).var(0, correction=0).sum(-1)
 
 
 def _shrink(tasks: dict[int, list[int]], room: int) -> None:

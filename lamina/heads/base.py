@@ -13,10 +13,15 @@ from lamina.lookback import Watcher
 
 @dataclass(frozen=True)
 class Scores:
-    """What a head says: logits (B, C), or (S, B, C) if it draws S samples; extra losses by name."""
+    """What a head says: logits (B, C), or (S, B, C) if it draws S samples; extra losses by name.
+
+    Attributes:
+        chosen: (B, k), whole numbers. Which prompts of its own pool each image took; None without one.
+    """
 
     logits: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
+    chosen: Tensor | None = None
 
 
 class Head(nn.Module, Watcher):  # in this order: what is remembered is the module's own state_dict
@@ -25,9 +30,14 @@ class Head(nn.Module, Watcher):  # in this order: what is remembered is the modu
     Attributes:
         statistics: what it keeps of the features of all classes, for others to use; None if it does not.
         transductive: what it says of an image depends on the other images of its batch.
+        pool_size: how many prompts its images choose from; 0 where there is nothing to choose.
     """
 
     transductive: bool = False
+
+    @property
+    def pool_size(self) -> int:
+        return 0
 
     @property
     def statistics(self) -> ClassStatistics | None:
@@ -50,6 +60,10 @@ class Head(nn.Module, Watcher):  # in this order: what is remembered is the modu
         head that goes with them says what the logits (B, C) are made of.
         """
         raise NotImplementedError
+
+    def samples_of(self, features: Tensor) -> Tensor | None:
+        """Return the logits (S, B, C) of each draw for features (B, F); None for a head that draws nothing."""
+        return None
 
     def preview(self, classes: Sequence[str]) -> Head | None:
         """Return a head that scores further classes, too, by their names alone; None for one that needs images.

@@ -190,6 +190,9 @@ class SampledTextHead(TextHead):
             logits = mixture(logits)
         return Scores(self.spread(logits, columns), self.texts.terms(features) if self.training else {})
 
+    def samples_of(self, features: Tensor) -> Tensor:
+        return self.scale * self.cosines(features, None)
+
     def cosines(self, features: Tensor, columns: Sequence[int] | None) -> Tensor:
         """Return the cosines (S, B, n) of images (B, F) and the names of some classes or of all, draw by draw."""
         found = super().cosines(features, columns)

@@ -21,7 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lamina.config import Settings
-from lamina.data.memory import Memory
+from lamina.data.memory import Choice, Memory
 from lamina.data.stream import Task
 from lamina.learner import Learner, Phase
 from lamina.model import PromptedModel
@@ -37,6 +37,8 @@ class ByName(Settings):
         "task", description="classes that compete in training: the task's own, or all met so far, as with a memory"
     )
     memory: int = Field(0, ge=0, description="old training images kept of each class, to be learned from again")
+    memory_total: int = Field(0, ge=0, description="of all classes together, shared evenly; in place of memory")
+    choose: Choice = Field("random", description="which images are kept")
     balance: int = Field(
         0, ge=0, description="passes over the memory alone after each task, at a tenth of the learning rate"
     )
@@ -47,27 +49,34 @@ class ByName(Settings):
     names: dict[str, str] = Field({}, description="what to read instead of a class's own name")
 
     def idle(self) -> dict[str, str]:
-        if self.memory:
-            return {"negatives": "with a memory, where all classes met so far compete"}
-        return {"balance": "without a memory"}
+        if not self.keeps:
+            return dict.fromkeys(("balance", "choose"), "without a memory")
+        idle = {"negatives": "with a memory, where all classes met so far compete"}
+        return idle | ({"memory": "with memory_total"} if self.memory_total else {})
+
+    @property
+    def keeps(self) -> bool:
+        """Whether there is a memory of old images."""
+        return bool(self.memory or self.memory_total)
 
     @property
     def competing(self) -> Literal["task", "seen"]:
         """The classes that compete in training."""
-        return "seen" if self.memory else self.negatives
+        return "seen" if self.keeps else self.negatives
 
     def learner(self, model: PromptedModel, *, cache: Literal["off", "features"] = "off") -> Learner:
         """Return a model with this plan and this memory."""
-        memory = Memory(per_class=self.memory) if self.memory else None
+        budget = {"total": self.memory_total} if self.memory_total else {"per_class": self.memory}
+        memory = Memory(**budget, choose=self.choose) if self.keeps else None
         return Learner(model, self.phases, refine=self.refine, cache=cache, memory=memory)
 
     def phases(self, task: Task) -> Sequence[Phase]:
         """Train once on each task, and on old images where there are any."""
-        return self.planned(task, self.epochs, self.lr, "task+memory" if self.memory else "task")
+        return self.planned(task, self.epochs, self.lr, "task+memory" if self.keeps else "task")
 
     def refine(self, task: Task) -> Sequence[Phase]:
         """Close a task with the stretch on the memory, where one is asked for."""
-        return self.planned(task, self.balance, self.lr / 10, "memory") if self.memory and self.balance else []
+        return self.planned(task, self.balance, self.lr / 10, "memory") if self.keeps and self.balance else []
 
     def descent(self, lr: float) -> Callable[[list[nn.Parameter]], Optimizer]:
         """Return what makes the optimizer."""

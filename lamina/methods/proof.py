@@ -30,7 +30,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lamina.backbones.tower import Tower
-from lamina.data.memory import Memory
+from lamina.data.memory import Choice
 from lamina.heads.proof import ProofHead, Reduced
 from lamina.heads.templates import templates_of
 from lamina.heads.texts import text_side
@@ -56,6 +56,7 @@ class PROOF(ByName):
     )
     freeze_texts: bool = Field(True, description="leave layers for names of old tasks as they are, as those for images")
     memory: int = Field(20, ge=0, description="old training images kept of each class, to be learned from again")
+    choose: Choice = Field("herding", description="which images are kept")
     batch_size: int = Field(64, ge=1, description="images in one step, over all devices")
     lr: float = Field(0.001, gt=0, description="learning rate of SGD with momentum, falling by a cosine once an epoch")
     weight_decay: float = Field(0.05, ge=0, description="of SGD")
@@ -87,10 +88,7 @@ class PROOF(ByName):
             plain=self.parity == "official",
             negatives=self.competing,
         )
-        learner = self.learner(PromptedModel(tower, None, head), cache="features")
-        if self.memory:
-            learner.memory = Memory(per_class=self.memory, choose="herding")
-        return learner
+        return self.learner(PromptedModel(tower, None, head), cache="features")
 
     def descent(self, lr: float) -> Callable[[list[nn.Parameter]], Optimizer]:
         return partial(torch.optim.SGD, lr=lr, momentum=self.momentum, weight_decay=self.weight_decay)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lamina.data.loader import Share
-from lamina.data.memory import Memory
+from lamina.data.memory import Memory, disagreement
 from lamina.data.stream import Task, mixed
 from lamina.errors import ConfigError
 from lamina.learner import Phase
@@ -87,8 +87,20 @@ class Choosing(Watcher):
             torch.manual_seed(seed_at(self.seed, "memory", self.task.index))
             said = [scores(model, Batch(None, features=seen)) for seen in self._seen]
             tables["scores"] = reduce(self._table(said, self.classes))
+        elif self.memory.wants == "draws":
+            tables["draws"] = reduce(self._table([self._differing(seen) for seen in self._seen], 1))
         self.memory.keep(self.task, self.seed, **tables)
         self.begin_look()
+
+    def _differing(self, features: Tensor) -> Tensor:
+        """Return how far draws differ on images (B, 1)."""
+        said = self.model.eval().head.samples_of(features)
+        if said is None:
+            raise ConfigError(
+                "choose='variance' keeps images on which draws agree, and the head of this method draws nothing: take "
+                "choose='entropy' or 'energy'"
+            )
+        return disagreement(said)[:, None]
 
     def _table(self, rows: Sequence[Tensor], width: int) -> Tensor:
         """Return all images' rows (n, width), float32: zero but for those of this process."""
