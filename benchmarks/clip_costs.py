@@ -2,14 +2,18 @@
 
     python benchmarks/clip_costs.py            writes benchmarks/results/clip-costs.json
 
-Everything runs in turn in one process, forth and back, and figures are medians of ratios (see `speed.py`). Ten classes
-of a task compete; batches have 32 images of a ViT-B/16, or 8 where every image has texts of its own.
+Everything runs in turn in one process, forth and back, on one thread; figures are medians of ratios of processor time
+(see `speed.py`). Ten classes of a task compete, batches have 32 images. What costs each image the same is run for a
+few images and multiplied: "one by one" for 2, the image tower for 8.
 
 Terms:
     texts           forward and backward of the text tower over the texts of one task, their opening shared
     whole texts     the same as open_clip does it: 77 rows of every text
-    one by one      each image's texts encoded by themselves, as released code does
-    from images     a step with the image tower's forward before it; else image features were kept
+    one by one      each image's whole texts encoded by themselves, as released code does
+    to their ends   the same, no row computed behind the end of the longest text
+    all different   features and keys at random: hardly two images choose the same prompts in the same order
+    digits          a batch of scikit-learn's digits, at the first step or after passes over all of them
+    image tower     its forward, which features that are kept on disk save
 """
 
 from __future__ import annotations
@@ -29,16 +33,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lamina.backbones.load import load_backbone
+from lamina.backbones.tower import Tower
 from lamina.data.stream import Task
+from lamina.data.streams import StreamSettings, build_stream
+from lamina.data.transforms import InputSpec, transform
 from lamina.heads.templates import templates_of
 from lamina.heads.texts import HandTexts
 from lamina.machine import commit
 from lamina.model import Batch
-from lamina.prompts.contexts import encoded, worded
+from lamina.prompts.contexts import Wording, encoded, worded
 from lamina.registry import method_class
 from lamina.storage import write_whole
+from lamina.training.launch import tower_dtype
 
 RESULTS = Path(__file__).parent / "results" / "clip-costs.json"
+SIZES = {"clip-nano": "lamina:clip-nano", "ViT-B/16": "open_clip:ViT-B-16-quickgelu@random"}
+DTYPE = tower_dtype("auto", torch.device("cpu"))
+BATCH, ONE_BY_ONE, IMAGES = 32, 2, 8
+#: passes over the digits before a batch is measured again
+PASSES = 2
 NAMES = [
     "goldfish",
     "bullfrog",
@@ -53,74 +66,146 @@ NAMES = [
 ]
 
 
-def step_of(name: str, tower: Any, features: Tensor, **settings: Any) -> Callable[[], None]:
-    """Return a training step of a method's first task on features (B, F)."""
-    learner = method_class(name)(**settings).build(tower)
-    model = learner.model
-    task = Task(0, NAMES, range(len(NAMES)), None, None)  # type: ignore[arg-type]  # no image is read
-    model.begin_task(task)
-    (phase,) = learner.phases(task)
-    optimizer = phase.optimizer([p for p in model.parameters() if p.requires_grad])
-    labels = torch.arange(len(features)) % len(NAMES)
-    model.train()
+class Training:
+    """A method in its first task, on features (B, F) with labels (B,)."""
 
-    def step() -> None:
-        output = model(Batch(None, labels, features=features), 0)
-        optimizer.zero_grad()
-        (F.cross_entropy(output.logits, labels) + sum(output.terms.values())).backward()
-        optimizer.step()
+    def __init__(self, name: str, tower: Tower, features: Tensor, labels: Tensor, names: list[str] = NAMES) -> None:
+        learner = method_class(name)().build(tower)
+        self.model, self.features, self.labels = learner.model, features, labels
+        task = Task(0, names, range(len(names)), None, None)  # type: ignore[arg-type]  # no image is read
+        self.model.begin_task(task)
+        (phase,) = learner.phases(task)
+        self.optimizer = phase.optimizer([p for p in self.model.parameters() if p.requires_grad])
+        self.model.train()
 
-    return step
+    def step(self) -> None:
+        output = self.model(Batch(None, self.labels, features=self.features), 0)
+        self._learn(output.logits, output.terms)
+
+    def one_by_one(self, *, whole: bool) -> None:
+        """Take the step of AttriCLIP for the first images, each one's texts encoded by themselves."""
+        head: Any = self.model.head
+        texts, features, labels = head.texts, self.features[:ONE_BY_ONE], self.labels[:ONE_BY_ONE]
+        found = []
+        for context in texts.prompts[texts.choose(features)].flatten(1, 2):
+            alone = read_whole if whole else read_to_ends
+            found.append(F.normalize(alone(texts.tower, texts._wording, context[None]), dim=-1))
+        logits = head.scale * torch.einsum("bf,bcf->bc", F.normalize(features, dim=-1), torch.stack(found))
+        self._learn(logits, {}, labels)
+
+    def _learn(self, logits: Tensor, terms: dict[str, Tensor], labels: Tensor | None = None) -> None:
+        loss = F.cross_entropy(logits, self.labels if labels is None else labels)
+        self.optimizer.zero_grad()
+        (loss + sum(terms.values())).backward()
+        self.optimizer.step()
+
+    @property
+    def choices(self) -> int:
+        """How many different choices of prompts the images made."""
+        texts: Any = self.model.head.texts
+        return len(texts.choose(self.features).unique(dim=0))
 
 
-def one_by_one(tower: Any, features: Tensor) -> Callable[[], None]:
-    """Return the step of AttriCLIP with every image's texts encoded whole and by themselves."""
-    learner = method_class("attriclip")().build(tower)
-    model, labels = learner.model, torch.arange(len(features)) % len(NAMES)
-    model.begin_task(Task(0, NAMES, range(len(NAMES)), None, None))  # type: ignore[arg-type]
-    texts = model.head.texts
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.001)
+def read_whole(tower: Any, wording: Wording, contexts: Tensor) -> Tensor:
+    """Return the features (C, F) of texts with one context (1, n, W) behind the start token, all 77 rows computed."""
+    length, classes = contexts.shape[1], len(wording.ids)
+    x = tower.table(wording.ids)
+    x = torch.cat([x[:, :1], contexts.expand(classes, -1, -1).to(x.dtype), x[:, 1 + length :]], dim=1) + tower.positions
+    for block in tower.blocks():
+        q, k, v = block.project(block.norm(x))
+        x = block.finish(x, F.scaled_dot_product_attention(q, k, v, attn_mask=tower.mask))
+    return tower.pool(x[torch.arange(classes), wording.ids.argmax(1)][:, None]).float()
 
-    def step() -> None:
-        contexts = texts.prompts[texts.choose(features)].flatten(1, 2)
-        found = [
-            F.normalize(encoded(texts.tower, texts._wording, context[None], share=False)[0], dim=-1)
-            for context in contexts
+
+def read_to_ends(tower: Any, wording: Wording, contexts: Tensor) -> Tensor:
+    return encoded(tower, wording, contexts, share=False)[0]
+
+
+def digits(tower: Tower, spec: InputSpec) -> tuple[Tensor, Tensor, list[str]]:
+    """Return the features (n, F) of scikit-learn's digits for training, their labels (n,) and the ten names."""
+    task = build_stream(StreamSettings(name="digits")).merged()
+    plain, split = transform("plain", spec), task.train
+    with torch.no_grad():
+        parts = [
+            tower(torch.stack([plain(split.images.image(int(i))) for i in part])).features
+            for part in torch.as_tensor(split.indices).split(256)
         ]
-        logits = model.head.scale * torch.einsum("be,bce->bc", F.normalize(features, dim=-1), torch.stack(found))
-        optimizer.zero_grad()
-        (F.cross_entropy(logits, labels) + sum(texts.terms(features).values())).backward()
-        optimizer.step()
-
-    return step
+    return torch.cat(parts), torch.as_tensor(split.columns), list(task.classes)
 
 
-def text_limits(tower: Any, length: int) -> dict[str, Callable[[], None]]:
-    """Return the text tower's own work for one step: with the opening shared, and as open_clip does it."""
-    side = tower.text
-    wording = worded(side, NAMES, length)
-    contexts = torch.randn(1, length, side.tower.width).mul_(0.02).requires_grad_()
-
-    def texts() -> None:
-        encoded(side.tower, wording, contexts).sum().backward()
-
-    def whole() -> None:
-        mask, x = side.tower.mask, side.tower.table(wording.ids) + side.tower.positions
-        x = torch.cat([x[:, :1], contexts.expand(len(NAMES), -1, -1).to(x.dtype), x[:, 1 + length :]], dim=1)
-        for block in side.tower.blocks():
-            q, k, v = block.project(block.norm(x))
-            x = block.finish(x, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
-        side.tower.final_norm(x)[torch.arange(len(x)), wording.ids.argmax(1)].float().sum().backward()
-
-    return {"texts": texts, "whole texts": whole}
+def on_digits(tower: Tower, spec: InputSpec) -> tuple[Training, Training]:
+    """Return AttriCLIP on a batch of digits at its first step, and after some passes over all of them."""
+    features, labels, names = digits(tower, spec)
+    mixed = torch.randperm(len(labels))
+    first, later = (
+        Training("attriclip", tower, features[mixed[:BATCH]], labels[mixed[:BATCH]], names) for _ in range(2)
+    )
+    for _ in range(PASSES):
+        for batch in torch.randperm(len(labels)).split(BATCH):
+            later.features, later.labels = features[batch], labels[batch]
+            later.step()
+    later.features, later.labels = first.features, first.labels
+    return first, later
 
 
-def bank(classes: int, templates: str) -> dict[str, Any]:
+def measure(size: str, rounds: int) -> dict[str, Any]:
+    """Compare everything with one backbone."""
+    backbone = load_backbone(SIZES[size], dtype=DTYPE)
+    tower: Any = backbone.tower
+    spec = InputSpec(**backbone.pixels)
+    features, labels = torch.randn(BATCH, tower.features), torch.arange(BATCH) % len(NAMES)
+    images = torch.randn(IMAGES, 3, spec.size, spec.size)
+    coop, adapter = (Training(name, tower, features, labels) for name in ("coop", "clip-adapter"))
+    bank = {"all different": Training("attriclip", tower, features, labels)}
+    with torch.no_grad():
+        keys: Any = bank["all different"].model.head.texts.keys  # type: ignore[union-attr]
+        keys.normal_()
+    if size == "clip-nano":  # the other one has random weights, which see nothing in images
+        first, later = on_digits(tower, spec)
+        bank |= {"digits, first step": first, f"digits, after {PASSES} passes": later}
+    wording = worded(tower.text, NAMES, 16)
+    contexts = torch.randn(1, 16, tower.text.tower.width).mul_(0.02).requires_grad_()
+
+    def image_tower() -> None:
+        with torch.no_grad():
+            tower(images)
+
+    calls: dict[str, Callable[[], object]] = {
+        "texts": lambda: encoded(tower.text.tower, wording, contexts).sum().backward(),
+        "whole texts": lambda: read_whole(tower.text.tower, wording, contexts).sum().backward(),
+        "coop": coop.step,
+        "clip-adapter": adapter.step,
+        "image tower": image_tower,
+        **{f"attriclip, {name}": training.step for name, training in bank.items()},
+        "one by one": lambda: bank["all different"].one_by_one(whole=True),
+        "one by one, to their ends": lambda: bank["all different"].one_by_one(whole=False),
+    }
+    choices = {f"attriclip, {name}": training.choices for name, training in bank.items()}
+    each = {"image tower": BATCH / IMAGES, "one by one": BATCH / ONE_BY_ONE}
+    pairs = [("coop", "texts"), ("whole texts", "texts"), ("image tower", "coop"), ("image tower", "clip-adapter")]
+    pairs += [(one, other) for one in ("one by one", "one by one, to their ends") for other in choices]
+    found = {}
+    for pair, ratio in compare(calls, pairs, rounds, time.process_time).items():
+        by = each.get(pair.split(" / ")[0].removesuffix(", to their ends"), 1)
+        found[pair] = {
+            "median": round(by * ratio["median"], 3),
+            "quartiles": [round(by * q, 3) for q in ratio["quartiles"]],
+        }
+    for method in ("coop", "clip-adapter"):
+        ratio = found[f"image tower / {method}"]
+        found[f"epoch of {method} from images / from kept features"] = {
+            "median": round(1 + ratio["median"], 3),
+            "quartiles": [round(1 + q, 3) for q in ratio["quartiles"]],
+        }
+    return {"ratios": found, "choices in the batch": choices}
+
+
+def reading(classes: int, templates: str) -> dict[str, Any]:
     """Return what it takes to read many names under many templates with the small CLIP of ours."""
-    tower = load_backbone("lamina:clip-nano", dtype=torch.bfloat16).tower
+    tower = load_backbone("lamina:clip-nano", dtype=DTYPE).tower
     texts = HandTexts(tower.text, templates_of(templates))  # type: ignore[arg-type]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
+    start = time.process_time()
     texts.begin_task(0, [f"thing number {i}" for i in range(classes)], range(classes))
     with torch.no_grad():
         texts()
@@ -128,49 +213,31 @@ def bank(classes: int, templates: str) -> dict[str, Any]:
     return {
         "classes": classes,
         "templates": len(texts.templates),
-        "seconds": round(time.perf_counter() - start, 1),
+        "seconds": round(time.process_time() - start, 1),
         "more memory at the peak (MB)": round(grown),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    backbone = load_backbone("open_clip:ViT-B-16-quickgelu@random", dtype=torch.bfloat16)
-    tower = backbone.tower
-    images, features = torch.randn(32, 3, 224, 224), torch.randn(32, tower.features)
-
-    def tower_alone() -> None:
-        with torch.no_grad():
-            tower(images)
-
-    calls = {
-        **text_limits(tower, 16),
-        "coop": step_of("coop", tower, features),
-        "clip-adapter": step_of("clip-adapter", tower, features),
-        "attriclip": step_of("attriclip", tower, features[:8]),
-        "attriclip, one by one": one_by_one(tower, features[:8]),
-        "image tower": tower_alone,
-    }
-    pairs = [
-        ("coop", "texts"),
-        ("whole texts", "texts"),
-        ("attriclip, one by one", "attriclip"),
-        ("image tower", "coop"),
-        ("image tower", "clip-adapter"),
-    ]
-    results = {
+    results: dict[str, Any] = {
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
         "processor": processor(),
         "torch": torch.__version__,
+        "towers in": str(DTYPE).removeprefix("torch."),
         "rounds": given.rounds,
-        "ratios": compare(calls, pairs, given.rounds, time.process_time),
-        "bank": bank(1000, "imagenet-80"),
+        "images in a batch": BATCH,
+        "bank": reading(1000, "imagenet-80"),  # first, as what a process held at most never falls
+        "sizes": {},
     }
+    for size in SIZES:
+        print(size)
+        results["sizes"][size] = measure(size, given.rounds)
     write_whole(RESULTS, json.dumps(results, indent=1) + "\n")
 
 

@@ -80,7 +80,7 @@ STUDIES = {
     "null-space": ("accuracy", "forgetting", "new tasks", "drift", "looking back"),
     "pools": ("accuracy", "task-aware", "forgetting", "training", "evaluation", "memory", "learned", "stored"),
 }
-PAGES = (ROOT / "README.md", ROOT / "docs" / "null-space.md", ROOT / "docs" / "prompt-pools.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("null-space", "prompt-pools", "clip")))
 
 
 def table(records: Sequence[Record], columns: Sequence[str]) -> str:
@@ -205,6 +205,28 @@ def pool_costs(values: Mapping[str, Any]) -> str:
     return "\n".join(lines) + f"\n\n{said}; {tail}.\n"
 
 
+def clip_costs(values: Mapping[str, Any]) -> str:
+    """Return the Markdown tables of what `benchmarks/clip_costs.py` wrote: steps compared, and many texts read."""
+    batch, size_of = values["images in a batch"], values["sizes"]
+    lines = ["| one against the other | with | times as long (quartiles) |", "|---|---|---:|"]
+    for size, found in size_of.items():
+        for pair, ratio in found["ratios"].items():
+            choices = found["choices in the batch"].get(pair.split(" / ")[-1])
+            said = "" if choices is None else f" ({choices} different choices by {batch} images)"
+            low, high = ratio["quartiles"]
+            lines.append(f"| {pair}{said} | {size} | {ratio['median']:.1f} ({low:.1f} to {high:.1f}) |")
+    bank = values["bank"]
+    texts = bank["classes"] * bank["templates"]
+    lines += [
+        "",
+        f"Reading {texts:,} texts, {bank['templates']} of each of {bank['classes']:,} classes, with clip-nano took ",
+    ]
+    lines[-1] += f"{bank['seconds']} s and {bank['more memory at the peak (MB)']} MB more than the model."
+    said = f"batches of {batch} images; medians of {values['rounds']} rounds; towers in {values['towers in']}"
+    tail = f"{values['processor']}, one thread, processor time; commit `{values['commit']}`"
+    return "\n".join(lines) + f"\n\nTen classes in a task; {said}; {tail}.\n"
+
+
 def methods(results: Path, backbone: str) -> str:
     """Return the Markdown table of all methods that have a backbone where none is asked for: what each is, how good.
 
@@ -243,6 +265,7 @@ SHOWN: dict[str, Callable[[Any], str]] = {
     "heads": costs,
     "votes": votes,
     "pool-costs": pool_costs,
+    "clip-costs": clip_costs,
 }
 
 

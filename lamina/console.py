@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress as Bars, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress as Bars, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from lamina.prompts.reading import watched
 from lamina.text import printable
 from lamina.training.progress import Progress
 
 #: seconds between two plain lines of progress
 _EVERY = 10.0
+#: seconds that texts may take to be read before a bar is drawn for them
+_PATIENCE = 1.5
+#: what is said of texts that are being read
+_READING = "reading names of classes"
 
 
 def progress() -> Progress:
@@ -25,8 +31,22 @@ def progress() -> Progress:
     return DrawnProgress(console) if console.is_terminal else PlainProgress()
 
 
+@contextmanager
+def reading_shown() -> Iterator[None]:
+    """Draw a bar on a terminal whenever many texts are read; elsewhere, say nothing."""
+    watch = progress()
+    if not isinstance(watch, DrawnProgress):
+        yield
+        return
+    try:
+        with watched(watch.read):
+            yield
+    finally:
+        watch.end()
+
+
 class _Counting(Progress):
-    """Keeps count of one stretch of work."""
+    """Keeps count of one stretch of work, and of texts that are read meanwhile."""
 
     def begin(self, stage: str, task: int, tasks: int, images: int) -> None:
         self.label = f"evaluate after task {task + 1}" if stage == "evaluate" else f"task {task + 1}/{tasks}, {stage}"
@@ -39,6 +59,11 @@ class _Counting(Progress):
 
     def skip(self, images: int) -> None:
         self.done, self.skipped = self.done + images, images
+
+    def read(self, done: int, texts: int) -> None:
+        if not done:
+            self.read_since = self.read_said = time.perf_counter()
+        self.read_speed = done / max(time.perf_counter() - self.read_since, 1e-9)
 
     @property
     def speed(self) -> float:
@@ -62,6 +87,14 @@ class PlainProgress(_Counting):
     def end(self) -> None:
         self._say("")
 
+    def read(self, done: int, texts: int) -> None:
+        super().read(done, texts)
+        if done < texts and time.perf_counter() - self.read_said >= _EVERY:
+            self.read_said = time.perf_counter()
+            left = (texts - done) / max(self.read_speed, 1e-9)
+            text = f"{_READING}: {done}/{texts} texts, {self.read_speed:.0f} texts/s, {left:.0f} s left"
+            print(text, file=sys.stderr, flush=True)
+
     def row(self, task: int, tasks: int, accuracies: list[float]) -> None:
         print(f"after task {task + 1}/{tasks}: {accuracy_line(accuracies)}", file=sys.stderr, flush=True)
 
@@ -72,33 +105,55 @@ class PlainProgress(_Counting):
 
 
 class DrawnProgress(_Counting):
-    """Draws one bar at a time."""
+    """Draws a bar for a stretch of work, and one below it while many texts are read."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self.bars: Bars | None = None
+        self.reading: TaskID | None = None
 
     def begin(self, stage: str, task: int, tasks: int, images: int) -> None:
         super().begin(stage, task, tasks, images)
-        self.bars = Bars(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} images"),
-            TextColumn("{task.fields[speed]:>6.0f} images/s"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[loss]}"),
-            console=self.console,
-            transient=True,
-        )
-        self.bar = self.bars.add_task(self.label, total=images, speed=0.0, loss="")
-        self.bars.start()
+        self.bars, self.bar = self._add(self.label, images, "images")
 
     def advance(self, images: int, loss: float | None = None) -> None:
         super().advance(images, loss)
         said = "" if loss is None else f"loss {loss:.3f}"
-        self.bars.update(self.bar, completed=self.done, speed=self.speed, loss=said)
+        if self.bars is not None:
+            self.bars.update(self.bar, completed=self.done, speed=self.speed, loss=said)
 
     def end(self) -> None:
-        self.bars.stop()
+        if self.bars is not None:
+            self.bars.stop()
+        self.bars = self.reading = None
+
+    def read(self, done: int, texts: int) -> None:
+        super().read(done, texts)
+        late = time.perf_counter() - self.read_since > _PATIENCE
+        if self.reading is None and late and done < texts:
+            self.bars, self.reading = self._add(_READING, texts, "texts")
+        if self.bars is not None and self.reading is not None:
+            self.bars.update(self.reading, completed=done, speed=self.read_speed)
+            if done == texts:
+                self.bars.remove_task(self.reading)
+                self.reading = None
+
+    def _add(self, label: str, total: int, things: str) -> tuple[Bars, TaskID]:
+        """Draw one more bar; return the bars and which of them it is."""
+        bars = self.bars
+        if bars is None:
+            bars = Bars(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[things]}"),
+                TextColumn("{task.fields[speed]:>6.0f} {task.fields[things]}/s"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[loss]}"),
+                console=self.console,
+                transient=True,
+            )
+            bars.start()
+        return bars, bars.add_task(label, total=total, speed=0.0, loss="", things=things)
 
     def row(self, task: int, tasks: int, accuracies: list[float]) -> None:
         self.console.print(f"after task {task + 1}/{tasks}: {accuracy_line(accuracies)}", highlight=False)

@@ -40,12 +40,14 @@ class TextTower(Tower):
     Attributes:
         length: the rows of the longest text that it can read.
         start, stop: its sequences are these rows of a text; all but in an `opening` or a `tail`.
+        branches: of a `tree`: what is added to the logits of its rows, and where its texts end.
 
     Raises:
         UnsupportedBackbone: when its text side is not one that lamina walks through.
     """
 
     mask: Tensor
+    branches: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, model: nn.Module, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -74,6 +76,8 @@ class TextTower(Tower):
         Raises:
             ShapeError: when these are no ids, or a text ends before rows that prompts take or that another pass has.
         """
+        if self.branches is not None:
+            return inputs.to(self.dtype), self.branches[0]
         ids = inputs
         if ids.ndim != 2 or not ids.shape[0] or not 0 < ids.shape[1] <= self.length or ids.dtype != torch.int64:
             raise ShapeError(
@@ -94,17 +98,19 @@ class TextTower(Tower):
         return x, self.mask[: stop - self.start, : stop - self.start]
 
     def picks(self, inputs: Tensor) -> Tensor:
-        return inputs.argmax(dim=1).clamp(max=self.stop - 1) - self.start
+        if self.branches is not None:
+            return self.branches[1]
+        return inputs.argmax(dim=1, keepdim=True).clamp(max=self.stop - 1) - self.start
 
     def final_norm(self, x: Tensor) -> Tensor:
         return normalised(self.last, x)
 
     def pool(self, tokens: Tensor) -> Tensor:
-        if tokens.shape[1] != 1:
+        if tokens.shape[1] != 1 and self.branches is None:
             raise ShapeError(
                 f"a text tower pools the one row where a text ends; got {tokens.shape[1]} rows: give picks"
             )
-        row = tokens[:, 0]
+        row = tokens[:, 0] if self.branches is None else tokens
         return projected(self.final_norm(row), self.projection) if self.normed else row
 
     def unnormed(self) -> TextTower:
@@ -153,6 +159,20 @@ class TextTower(Tower):
             ConfigError: when there is nothing left to read, or prompt slots reach across the cut.
         """
         return self._window(start, self.stop, self._slots())
+
+    def tree(self, sees: Tensor, ends: Tensor) -> TextTower:
+        """Return a tower of the same weights, not copied, that reads rows of several texts in one sequence.
+
+        Its inputs are rows (B, N, D) as they enter block 0, its features (B, R, F) those of the rows `ends`.
+
+        Args:
+            sees: (B, N, N), bool. Which rows each row looks at: those before it in its text, and itself.
+            ends: (B, R), where texts end.
+        """
+        out = copy.copy(self)
+        mask = torch.zeros(sees.shape, dtype=self.dtype, device=sees.device).masked_fill_(~sees, float("-inf"))
+        out.branches, out.fingerprint = (mask[:, None], ends), f"{self.fingerprint}-tree"
+        return out
 
     def _window(self, start: int, stop: int, slots: slice | None) -> TextTower:
         if not self.start <= start < stop <= self.stop:

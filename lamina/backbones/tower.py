@@ -158,7 +158,7 @@ class Tower(nn.Module):
         features: F.
         fingerprint: a hash of the weights; in checkpoints and in keys of caches.
         readout: the rows of the frozen sequence that `pool` reads; None when it may read all of them, or when each
-            input has a row of its own (`picks`).
+            input has rows of its own (`picks`).
         slots: where prompt slots sit: None = appended, a slice = inside the sequence (text towers).
         text: the text side of a CLIP model, whose features live in the same space; None for any other.
     """
@@ -172,7 +172,7 @@ class Tower(nn.Module):
     text: TextSide | None = None
 
     def embed(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the sequence (B, N, D) that enters block 0 and an additive mask (N, N) or None."""
+        """Return the sequence (B, N, D) that enters block 0 and an additive mask, (N, N) or (B, 1, N, N), or None."""
         raise NotImplementedError
 
     def blocks(self) -> list[BlockView]:
@@ -180,7 +180,7 @@ class Tower(nn.Module):
         raise NotImplementedError
 
     def picks(self, inputs: Tensor) -> Tensor | None:
-        """Return which row of its sequence `pool` reads of each input (B,); None where `readout` says it for all."""
+        """Return which rows of its sequence `pool` reads of each input (B, R); None where `readout` says it for all."""
         return None
 
     def pool(self, tokens: Tensor) -> Tensor:
@@ -191,9 +191,9 @@ class Tower(nn.Module):
         """Reduce a sequence (B, N, D) between any two blocks to features (B, F), as if it were the final one.
 
         Args:
-            picks: (B,), the row that is read of each, where the tower has `picks`.
+            picks: (B, R), the rows that are read of each, where the tower has `picks`.
         """
-        rows = self.readout if picks is None else picks[:, None]
+        rows = self.readout if picks is None else picks
         return self.pool(tokens if rows is None else _take(tokens, rows))
 
     def class_position(self) -> Tensor | None:
@@ -253,7 +253,7 @@ class Tower(nn.Module):
         picks = self.picks(inputs)
         if prompts is not None and prompts.copies > 1:
             x = x.repeat(prompts.copies, 1, 1)
-            picks = None if picks is None else picks.repeat(prompts.copies)
+            picks = None if picks is None else picks.repeat(prompts.copies, 1)
         frozen, carried = x, None
         read: list[Tensor] = []
         for layer, block in enumerate(self.blocks()):
@@ -305,7 +305,7 @@ class Tower(nn.Module):
 
         One set of rows for all, or (B, R). Nobody asks what became of slots inside the sequence.
         """
-        read = self.readout if picks is None else picks[:, None]
+        read = self.readout if picks is None else picks
         if tokens is None or self.slots is not None or read is None:
             return read
         places = torch.arange(frozen.shape[1] + tokens.shape[1], device=frozen.device)
@@ -357,7 +357,7 @@ def _block(
         mask = x.new_zeros(x.shape[1], k.shape[2]) if mask is None else mask.clone()
         mask[places, -extra:] = float("-inf")
     if mask is not None and rows is not None and tap is None:
-        mask = mask[rows]  # (R, keys), or (B, R, keys)
+        mask = _take(mask, rows) if mask.ndim == 4 else mask[rows]  # (..., R, keys), or (B, R, keys)
         mask = mask[:, None] if mask.ndim == 3 else mask
     if splice.temperature is not None:
         q = q / splice.temperature.to(q.dtype)

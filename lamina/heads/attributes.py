@@ -14,6 +14,7 @@ from lamina.errors import ConfigError
 from lamina.heads.texts import ClassTexts, version_of
 from lamina.prompts.alone import alone, overlap
 from lamina.prompts.contexts import Wording, check_room, encoded, worded
+from lamina.prompts.trees import branched
 
 Retrieval = Literal["cosine", "dot"]
 Order = Literal["rank", "index"]
@@ -31,8 +32,8 @@ def check_top(top: int, size: int) -> None:
 class AttributeTexts(ClassTexts):
     """A bank of keys and prompts: an image takes those whose keys are nearest, and they stand before the class name.
 
-    Images that take the same prompts in the same order share their texts, which are computed once. Bank and texts stay
-    as large as they are whatever the number of tasks.
+    Images that take the same prompts in the same order share their texts, which are computed once; those that take the
+    same ones first share that beginning. Bank and texts stay as large as they are whatever the number of tasks.
 
     Args:
         size: entries of the bank.
@@ -71,7 +72,7 @@ class AttributeTexts(ClassTexts):
         check_top(top, size)
         check_room(side, top * length, f"top={top} prompts of length={length}")
         self.top, self.retrieval, self.order, self.pull, self.apart = top, retrieval, order, pull, apart
-        self.length = length
+        self.length, self.pool_size = length, size
         self.keys = nn.Parameter(torch.empty(size, side.tower.features).normal_(std=0.02))
         self.prompts = nn.Parameter(torch.empty(size, length, side.tower.width).normal_(std=0.02))
         self._alone = alone(side, length, fillers=(top - 1) * length if fillers else 0)
@@ -97,8 +98,7 @@ class AttributeTexts(ClassTexts):
     def encode_with(self, chosen: Tensor, columns: Sequence[int]) -> Tensor:
         """Return the features (G, C, F) of some classes with each of G choices (G, top) of prompts."""
         assert self._wording is not None
-        contexts = self.prompts[chosen].flatten(1, 2)
-        return F.normalize(encoded(self.tower, self._wording.of(columns), contexts), dim=-1)
+        return F.normalize(branched(self.tower, self._wording.of(columns), self.prompts, chosen), dim=-1)
 
     def _told(self, chosen: Tensor) -> Tensor:
         """Return the features (G, C, F) of all classes with each of G choices, each choice encoded once."""

@@ -30,10 +30,14 @@ class Head(nn.Module, Watcher):  # in this order: what is remembered is the modu
     Attributes:
         statistics: what it keeps of the features of all classes, for others to use; None if it does not.
         transductive: what it says of an image depends on the other images of its batch.
+        decides: the setting, and its value, that makes it so.
+        sampling: it draws, so that `samples_of` says something.
         pool_size: how many prompts its images choose from; 0 where there is nothing to choose.
     """
 
     transductive: bool = False
+    decides: tuple[str, str] = ("", "")
+    sampling: bool = False
 
     @property
     def pool_size(self) -> int:

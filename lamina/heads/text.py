@@ -55,6 +55,10 @@ class TextHead(Head):
         self._own = list(columns)
 
     @property
+    def pool_size(self) -> int:
+        return self.texts.pool_size
+
+    @property
     def scale(self) -> Tensor:
         """What cosines are multiplied by, ()."""
         return self.log_scale.exp().clamp(max=self._most)
@@ -78,7 +82,7 @@ class TextHead(Head):
         columns = self.competing
         self.hold_scale()
         logits = self.spread(self.scale * self.cosines(features, columns), columns)
-        return Scores(logits, self.texts.terms(features) if self.training else {})
+        return Scores(logits, self.texts.terms(features) if self.training else {}, self.texts.choose(features))
 
     def cosines(self, features: Tensor, columns: Sequence[int] | None) -> Tensor:
         """Return the cosines (B, n) of images (B, F) and the names of some classes or of all.

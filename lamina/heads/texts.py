@@ -15,6 +15,7 @@ from lamina.backbones.tower import Tower
 from lamina.errors import ConfigError, DataError
 from lamina.heads.templates import spoken
 from lamina.prompts.contexts import TOGETHER, Position, Wording, check_room, encoded, ids_of, len_of, tokenized, worded
+from lamina.prompts.reading import along
 from lamina.text import printable
 
 
@@ -48,9 +49,11 @@ class ClassTexts(nn.Module):
         classes: names of the classes met so far, by column.
         per_image: features depend on the image, too; then `of_images` is asked for them.
         encoded_classes: how many classes were encoded so far, again or anew, where nothing was trained.
+        pool_size: how many prompts images choose from; 0 where there is nothing to choose.
     """
 
     per_image: bool = False
+    pool_size: int = 0
 
     def __init__(self, side: TextSide, names: Mapping[str, str] | None = None) -> None:
         super().__init__()
@@ -106,6 +109,10 @@ class ClassTexts(nn.Module):
         """
         return self(columns).expand(len(images), -1, -1)
 
+    def choose(self, images: Tensor) -> Tensor | None:
+        """Return which prompts images (B, F) take, (B, k); None where there is nothing to choose."""
+        return None
+
     def terms(self, images: Tensor) -> dict[str, Tensor]:
         """Return extra losses by name, weighted, for images whose features are (B, F)."""
         return {}
@@ -133,8 +140,15 @@ class ClassTexts(nn.Module):
         return torch.stack([self._kept[c][1] for c in columns])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ClassTexts:
-        self._kept = {}  # they stay where they were computed
-        return super()._apply(fn, recurse)
+        before = self._where
+        out = super()._apply(fn, recurse)
+        if self._where != before:
+            self._kept = {}  # they stayed where they were computed
+        return out
+
+    @property
+    def _where(self) -> tuple[torch.device, torch.dtype]:
+        return self.tower.positions.device, self.tower.positions.dtype
 
 
 class HandTexts(ClassTexts):
@@ -173,8 +187,9 @@ class HandTexts(ClassTexts):
         ids = torch.cat([self._ids[c] for c in columns])
         order = ids.argmax(1).argsort()  # texts of like length go together, and stop where the longest of them ends
         device = self.tower.positions.device
-        parts = [self.tower(ids[part].to(device)).features for part in order.split(TOGETHER)]
-        features = F.normalize(torch.cat(parts)[order.argsort()], dim=-1)
+        parts = order.split(TOGETHER)
+        read = [self.tower(ids[part].to(device)).features for part in along(parts, [len(part) for part in parts])]
+        features = F.normalize(torch.cat(read)[order.argsort()], dim=-1)
         return features.unflatten(0, (len(columns), len(self.templates)))
 
 

@@ -18,6 +18,7 @@ from lamina.backbones.clip_text import SharedPrefix, TextTower
 from lamina.backbones.tower import Splice
 from lamina.errors import ConfigError, DataError
 from lamina.prompts.base import Scripted
+from lamina.prompts.reading import along
 from lamina.text import printable
 
 Position = Literal["end", "middle", "front"]
@@ -134,8 +135,10 @@ def encoded(
         share: False computes every text whole.
     """
     if not torch.is_grad_enabled() and len(contexts) > 1 and len(contexts) * len(wording.ids) > TOGETHER:
-        count = max(1, TOGETHER // len(wording.ids))
+        classes = len(wording.ids)
+        count = max(1, TOGETHER // classes)
         parts = range(0, len(contexts), count)
+        texts = [classes * min(count, len(contexts) - i) for i in parts]
         return torch.cat(
             [
                 encoded(
@@ -145,7 +148,7 @@ def encoded(
                     deep=[part if part.ndim == 2 else part[i : i + count] for part in deep],
                     share=share,
                 )
-                for i in parts
+                for i in along(parts, texts)
             ]
         )
     ids, rows = wording.ids.to(contexts.device), wording.rows

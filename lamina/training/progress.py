@@ -18,5 +18,8 @@ class Progress:
     def end(self) -> None:
         """The stretch is over."""
 
+    def read(self, done: int, texts: int) -> None:
+        """So many texts about classes are read: 0 at first, all at the end; within a stretch or apart from any."""
+
     def row(self, task: int, tasks: int, accuracies: list[float]) -> None:
         """A task is over; these are the accuracies on all tasks so far, in [0, 1]."""

@@ -19,10 +19,11 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from lamina.data.stream import Stream, Task
-from lamina.errors import TrainingError
+from lamina.errors import ConfigError, TrainingError
 from lamina.learner import Learner, Phase
 from lamina.lookback import Watcher
 from lamina.model import Batch, Output, PromptedModel
+from lamina.prompts.reading import watched
 from lamina.seeds import seed_at
 from lamina.training.calibration import Calibration
 from lamina.training.evaluation import accuracies, foreseen, summed
@@ -126,8 +127,14 @@ class Trainer(RunState):
                 raise Stopped
 
     def check(self, stream: Stream) -> None:
-        """Make sure that prompts, protections and memory can take all tasks of a stream; raise ConfigError if not."""
+        """Make sure that prompts, protections and memory can take all tasks of a stream; raise ConfigError if not.
+
+        Fixed views that no phase would show are refused, too, lest a record speak of them.
+        """
         stages, prompts, memory = self._stages(stream), self.learner.model.prompts, self.learner.memory
+        phases = (phase for task in stages for phase in (*self.learner.phases(task), *self.learner.refine(task)))
+        if self.feed.fixed and all(phase.draws for phase in phases):
+            raise ConfigError(f"views={self.feed.views} changes nothing where no phase trains on images; leave it out")
         if prompts is not None:
             prompts.check(stages)
         if memory is not None:
@@ -164,8 +171,8 @@ class Trainer(RunState):
 
     def evaluate(self, tasks: Sequence[Task]) -> None:
         """Append a row of accuracies on `tasks` to the matrices, and count anew which prompts their images choose."""
-        stage, prompts = len(self.matrix), self.learner.model.prompts
-        usage = Usage(tasks, prompts.pool_size if prompts is not None else 0)
+        stage = len(self.matrix)
+        usage = Usage(tasks, self.learner.model.pool_size)
         calibration = Calibration(self._temperature)
 
         def see(place: int, batch: Batch, output: Output) -> None:
@@ -355,4 +362,5 @@ class Trainer(RunState):
             if images:
                 self.progress.begin(name.replace("_", " "), task, tasks, images)
                 shown.callback(self.progress.end)
+            shown.enter_context(watched(self.progress.read))
             yield watch

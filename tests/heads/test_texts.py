@@ -60,6 +60,14 @@ def test_a_new_task_leaves_the_features_of_old_classes_to_the_bit_and_encodes_th
     assert texts.encoded_classes == 5
 
 
+def test_what_is_kept_goes_when_the_tower_moves_and_stays_when_it_was_there_already():
+    texts = met(HandTexts(TextSide(TextTower(clip()), tokenizer(), 20.0), TEMPLATES))
+    texts()
+    texts.to("cpu")()
+    assert texts.encoded_classes == 5
+    assert texts.double()().dtype == torch.float64 and texts.encoded_classes == 10
+
+
 def test_some_columns_are_those_of_all(side):
     texts = met(HandTexts(side, TEMPLATES))
     assert torch.equal(texts([4, 0, 3]), texts()[[4, 0, 3]])

@@ -7,6 +7,7 @@ import torch
 
 from lamina.data.loader import Share
 from lamina.data.stream import Task
+from lamina.methods.attriclip import AttriCLIP
 from lamina.methods.dualprompt import DualPrompt
 from lamina.methods.l2p import L2P
 from lamina.methods.vpt_deep import VPTDeep
@@ -14,7 +15,7 @@ from lamina.model import Batch, Output
 from lamina.registry import method_class, method_names
 from lamina.training.trainer import Stopped
 from lamina.training.usage import Usage
-from tests.backbones.clips import tower_for
+from tests.backbones.clips import tiny_clip, tower_for
 from tests.conftest import make_tiny_vit
 from tests.streams import blobs, trainer_of
 
@@ -109,6 +110,23 @@ def test_domains_of_the_same_classes_are_counted_apart():
     assert trainer.usage[0] != trainer.usage[1]
 
 
+def test_what_a_head_chooses_is_counted_too():
+    trainer = untrained(AttriCLIP(size=5, top=2, length=3), tower=tiny_clip())
+    model, tasks = trainer.learner.model.eval(), blobs(2).tasks
+    with torch.no_grad():
+        model.head.texts.keys.normal_()
+    trainer.evaluate(tasks)
+    for task, table in zip(tasks, trainer.usage, strict=True):
+        slow = torch.zeros(len(task.classes), 5, dtype=torch.int64)
+        for batch in trainer.feed.plain(task.test):
+            with torch.no_grad():
+                features, _ = model.features(batch)
+            for image, column in zip(features, batch.targets.tolist(), strict=True):
+                near = torch.stack([torch.cosine_similarity(image, key, dim=0) for key in model.head.texts.keys])
+                slow[list(task.columns).index(column), near.argsort(descending=True)[:2]] += 1
+        assert table == slow.tolist() and len({tuple(row) for row in table}) > 1
+
+
 @pytest.mark.parametrize("settings", [VPTDeep(length=3), L2P(size=5, top=0, length=1, readout="backbone")])
 def test_nothing_is_counted_where_nothing_is_chosen(settings):
     trainer = untrained(settings)
@@ -127,7 +145,7 @@ def test_methods_whose_images_choose_say_from_how_many(name):
     batch = next(iter(trainer.feed.plain(blobs().tasks[0].test)))
     with torch.no_grad():
         chosen = model(batch._replace(labels=None)).chosen
-    size = model.prompts.pool_size if model.prompts is not None else 0
+    size = model.pool_size
     assert (chosen is not None) == (size > 0)
     assert chosen is None or (len(chosen) == 6 and chosen.min() >= 0 and chosen.max() < size)
 
