@@ -56,6 +56,12 @@ class RunSettings(Settings):
     checkpoint_every: int = Field(100, ge=0, description="steps between checkpoints; 0 saves between tasks only")
     workers: int = Field(0, ge=0, description="processes that load training images")
     eval_batch: int = Field(100, ge=1, description="images in one batch where nothing is trained")
+    measure_novelty: bool = Field(
+        False, description="measure after each task how well images of classes to come are told from known ones"
+    )
+    most_steps: int | None = Field(
+        None, ge=1, description="a budget: the most steps that a phase of training takes, whatever its epochs"
+    )
     measure_drift: bool = Field(False, description="measure how far features of old test images move")
     online: bool = Field(False, description="train on each image once: one pass, no repeated view")
     settings: dict[str, Any] = Field(
@@ -281,7 +287,7 @@ def _run(
     )
     asked = {name: value for name, value in run.model_dump().items() if name not in _FREE}
     # a checkpoint from before they were there has none
-    for name in ("measure_drift", "online", "normalization", "views"):
+    for name in ("measure_drift", "measure_novelty", "most_steps", "online", "normalization", "views"):
         if asked[name] == RunSettings.model_fields[name].default:
             del asked[name]
     identity = {
@@ -302,6 +308,8 @@ def _run(
         progress=progress() if progress is not None and fabric.is_global_zero else None,
         meter=DriftMeter(stream) if run.measure_drift and not learner.at_once else None,
         online=run.online,
+        most_steps=run.most_steps,
+        novelty=run.measure_novelty,
     )
     trainer.restore(stream)
     trainer.check(stream)
@@ -323,6 +331,7 @@ def _run(
             "kind": "joint" if learner.at_once else stream.kind,
             **stream.details,
             **({"online": "one pass"} if run.online else {}),
+            **({"most_steps": run.most_steps} if run.most_steps is not None else {}),
             **({"memory": str(learner.memory)} if learner.memory is not None else {}),
             "tasks": len(stream),
             "classes": stream.columns,
@@ -342,7 +351,17 @@ def _run(
         test_sizes=test,
         future=trainer.future,
         calibration=trainer.calibration,
-        metrics=summary(trainer.matrix, test, trainer.matrix_task_aware, trainer.future, trainer.calibration),
+        reliability=trainer.reliability,
+        detection=trainer.detection,
+        metrics=summary(
+            trainer.matrix,
+            test,
+            trainer.matrix_task_aware,
+            trainer.future,
+            trainer.calibration,
+            trainer.batch_calibration,
+            trainer.detection,
+        ),
         seconds=trainer.seconds,
         peak_memory_mb=peak_memory_mb(fabric.device),
         trainable_parameters=sum(

@@ -46,6 +46,9 @@ def run(
     online: Annotated[
         bool, typer.Option("--online", help="Train on each image once, whatever the method says.")
     ] = False,
+    measure_novelty: Annotated[
+        bool, typer.Option("--measure-novelty", help="Measure how well images of classes to come are noticed.")
+    ] = False,
     views: Annotated[
         str | None,
         typer.Option(help="Fixed views of training images: flip, or so many draws of the augmentation."),
@@ -61,7 +64,8 @@ def run(
     pairs += [f"views={views}"] if views is not None else []
     overrides = assignments([*(changes or []), *pairs])
     given = {"backbone": backbone, "seed": seed, "devices": devices, "precision": precision}
-    given |= {"measure_drift": measure_drift or None, "online": online or None}
+    given |= {"measure_drift": measure_drift or None, "measure_novelty": measure_novelty or None}
+    given |= {"online": online or None}
     overrides |= {name: value for name, value in given.items() if value is not None}
     settings, used = plan(method, stream, recipe=recipe, overrides=overrides)
     named = f"{settings.method}-{settings.stream.name}".replace("/", "_").replace(":", "-")

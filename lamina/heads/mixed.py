@@ -16,7 +16,7 @@ from lamina.heads.texts import ClassTexts
 from lamina.lookback import Reduce
 
 #: weights that are tried: of log-probabilities by class statistics, and of cosines with names
-OF_STATISTICS = torch.logspace(-2, 1, 61, dtype=torch.float64)
+OF_STATISTICS = torch.logspace(-2, 0.5, 51, dtype=torch.float64)
 OF_NAMES = torch.cat([torch.zeros(1, dtype=torch.float64), torch.logspace(-1, 2, 41, dtype=torch.float64)])
 
 
@@ -33,7 +33,7 @@ class NamedDiscriminant(Discriminant):
         texts: of the classes.
 
     Attributes:
-        losses: (61, 42), sums over images of the negative log-likelihood under each pair of weights.
+        losses: (51, 42), sums over images of the negative log-likelihood under each pair of weights.
         typical: (2,), the sum of images' scores for their own class without them, by class statistics; how many.
 
     References:
@@ -81,7 +81,8 @@ class NamedDiscriminant(Discriminant):
 
     def cosines(self, features: Tensor) -> Tensor:
         """Return the cosines (B, C) of images (B, F) and names."""
-        return F.normalize(features[:, -self.texts.tower.features :], dim=-1) @ self.texts().mT
+        images = F.normalize(features[:, -self.texts.tower.features :], dim=-1)
+        return images @ self.texts().to(images.dtype).mT
 
     # ── leaving one out ────────────────────────────────────────────────────────────────────────────
 

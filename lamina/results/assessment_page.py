@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from lamina import __version__
-from lamina.results.assessment_fields import Assessment, Bin, Novelty
+from lamina.results.assessment_fields import Assessment, Novelty
 from lamina.results.figures import cell
 from lamina.results.page import POLICY, counted, facts_list, html_table, number, percent_or_dash
+from lamina.results.reliability import DIAGRAM_STYLE, reliability_diagram
 from lamina.results.style import STYLE
 from lamina.results.tables import flatten
 from lamina.storage import write_whole
@@ -33,14 +34,7 @@ _STYLE = """
 .long .gauge svg{width:clamp(5rem,32vw,26rem);height:.8rem}
 .track{fill:var(--rule)}.fill{fill:var(--c0)}
 .name{overflow-wrap:anywhere}.data tbody .name{white-space:normal;min-width:8rem;max-width:22rem}
-.chart{max-width:44rem;margin-top:.8rem}
-.bar{fill:var(--c0);fill-opacity:.8}.count{fill:var(--soft);fill-opacity:.45}
-.gap{fill:var(--c1);fill-opacity:.16;stroke:var(--c1);stroke-width:1.2;stroke-dasharray:3 2}
-.ideal{stroke:var(--soft);stroke-dasharray:5 4}
-.axis{stroke:var(--soft)}
-svg .small{font-size:10px}
 .lessons td{white-space:normal;overflow-wrap:anywhere}
-.key{width:1.1rem;height:.9rem;flex:none}
 .dense{border-spacing:1px}.dense td{min-width:1.15rem;height:1.2rem;padding:0;font-size:.58rem;border-radius:2px}
 .dense th{font-size:.68rem}
 .heat.map tbody th{max-width:13rem;overflow:hidden;text-overflow:ellipsis}
@@ -72,7 +66,7 @@ def page(assessment: Assessment) -> str:
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        f"<title>{title}</title>\n<style>\n{STYLE}\n{_STYLE}\n</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{title}</title>\n<style>\n{STYLE}\n{DIAGRAM_STYLE}\n{_STYLE}\n</style>\n</head>\n<body>\n<main>\n"
         f'<header><p class="eyebrow">How good a kept model is</p><h1>{title}</h1></header>\n'
         f"<section>{''.join(parts)}</section>\n"
         f"<footer>Made with lamina {escape(__version__)}.</footer>\n</main>\n</body>\n</html>\n"
@@ -142,16 +136,6 @@ def _tasks(assessment: Assessment) -> str:
 
 def _reliability(assessment: Assessment) -> str:
     bins = assessment.calibration["bins"]
-    drawings = "".join(
-        f'<div class="{name}">{_diagram(bins, width, height)}</div>'
-        for name, width, height in (("wide", 700, 470), ("narrow", 360, 400))
-    )
-    keys = (("bar", "accuracy of a bin"), ("gap", "its gap to the mean confidence"), ("count", "images of a bin"))
-    legend = "".join(
-        f'<li><svg class="key" viewBox="0 0 16 14" aria-hidden="true"><rect class="{kind}" x="1" y="2" width="14" '
-        f'height="10"/></svg><span>{said}</span></li>'
-        for kind, said in keys
-    )
     calibration = assessment.calibration
     numbers = {
         "expected error (ECE)": f"{percent_or_dash(calibration['ece'])} %",
@@ -171,43 +155,9 @@ def _reliability(assessment: Assessment) -> str:
     return (
         '<h3>Is it as sure as it is right?</h3><p class="say">Images by the probability of the answer. Where bars '
         "end on the dashed line, the probability can be taken at its word; below it, the model is too sure.</p>"
-        f'<ul class="legend">{legend}</ul><div class="chart">{drawings}</div>{facts_list(numbers)}'
+        f"{reliability_diagram(bins)}{facts_list(numbers)}"
         f"<details><summary>Numbers of the diagram</summary>{table}</details>"
     )
-
-
-def _diagram(bins: Sequence[Bin], width: int, height: int) -> str:
-    left, right, top, foot = 44, 12, 10, 128
-    floor, step = height - foot, (width - left - right) / len(bins)
-    high, most = floor - top, max(each["images"] for each in bins)
-    parts = []
-    for tick in range(0, 101, 20):
-        x, y = left + (width - left - right) * tick / 100, floor - high * tick / 100
-        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{tick}</text>')
-        parts.append(f'<text x="{x:.1f}" y="{floor + 17}" text-anchor="middle">{tick}</text>')
-    strip, deep = height - 22, foot - 76
-    for index, each in enumerate(bins):
-        accuracy, confidence = each["accuracy"], each["confidence"]
-        if accuracy is None or confidence is None:
-            continue
-        x, wide = left + index * step + 1, step - 2
-        said = f"{counted(each['images'], 'image')}, accuracy {percent_or_dash(accuracy)} %"
-        said = f"<title>{said}, mean confidence {percent_or_dash(confidence)} %</title>"
-        upper, lower = floor - high * max(accuracy, confidence), floor - high * min(accuracy, confidence)
-        long = max(deep * each["images"] / most, 1)
-        parts.append(f"<g>{said}{_box('bar', x, floor - high * accuracy, wide, high * accuracy)}")
-        parts.append(f"{_box('gap', x, upper, wide, lower - upper)}{_box('count', x, strip - long, wide, long)}")
-        place = f'x="{x + wide / 2:.1f}" y="{strip - long - 4:.1f}"'
-        shown = number(each["images"]) if width > 400 else _short(each["images"])
-        parts.append(f'<text class="small" {place} text-anchor="middle">{shown}</text></g>')
-    parts.append(f'<line class="ideal" x1="{left}" y1="{floor}" x2="{width - right}" y2="{top}"/>')
-    parts.append(f'<line class="axis" x1="{left}" y1="{strip}" x2="{width - right}" y2="{strip}"/>')
-    centre = (left + width - right) / 2
-    parts.append(f'<text x="{centre}" y="{floor + 34}" text-anchor="middle">confidence (%)</text>')
-    parts.append(f'<text x="{centre}" y="{height - 4}" text-anchor="middle">images of each bin</text>')
-    label = "Accuracy by confidence, against the diagonal"
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
 def _classes(assessment: Assessment) -> str:
@@ -380,19 +330,3 @@ def _gauge(fraction: float | None) -> str:
 
 def _left(cell: str) -> str:
     return f'<span class="left">{cell}</span>'
-
-
-def _box(kind: str, x: float, y: float, width: float, height: float) -> str:
-    return f'<rect class="{kind}" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"/>'
-
-
-def _short(number: int) -> str:
-    """Return a number in at most four characters.
-
-    >>> [_short(number) for number in (999, 1234, 99_950, 1_234_567)]
-    ['999', '1.2k', '100k', '1.2m']
-    """
-    if number < 1000:
-        return str(number)
-    size, unit = (number / 1e3, "k") if number < 999_500 else (number / 1e6, "m")
-    return f"{size:.1f}{unit}" if size < 9.95 else f"{size:.0f}{unit}"

@@ -218,6 +218,8 @@ def summary(
     task_aware: Rows | None = None,
     future: Rows = (),
     calibration: Sequence[float] = (),
+    batch_calibration: float | None = None,
+    detection: Sequence[Mapping[str, Mapping[str, float]]] = (),
 ) -> dict[str, float | None]:
     """Return what `results.json` holds under "metrics"; None where a quantity is not defined.
 
@@ -228,6 +230,9 @@ def summary(
             was not measured.
         future: accuracies on tasks to come, as in `transfer`.
         calibration: the expected calibration error after each task.
+        batch_calibration: after the last task, the mean of the errors of single batches.
+        detection: for each task but the last, by score, how well images of tasks to come are told from known ones; the
+            energy's figures are averaged over stages.
 
     A run that learns all tasks at once has one row; what compares rows is not defined for it.
 
@@ -244,6 +249,11 @@ def summary(
         "accuracy_task_aware": final_accuracy(task_aware) if task_aware else None,
         "transfer": transfer(future),
         "ece": calibration[-1] if calibration else None,
+        "ece_batch_mean": batch_calibration,
+        **{
+            f"novel_{name}": _mean([stage["energy"][name] for stage in detection]) if detection else None
+            for name in ("auroc", "aupr", "fpr95")
+        },
     }
 
 

@@ -18,7 +18,7 @@ from lamina.results.written import Written, read_json
 VERSION = 1
 METRICS = ("accuracy", "accuracy_weighted", "average_accuracy", "forgetting", "bwt", "accuracy_task_aware")
 #: which records from before they were measured lack
-LATER = ("transfer", "ece")
+LATER = ("transfer", "ece", "ece_batch_mean", "novel_auroc", "novel_aupr", "novel_fpr95")
 PHASES = ("train", "look_back", "evaluate")
 _REQUIRED = {
     "backbone": ("name", "fingerprint"),
@@ -66,6 +66,10 @@ class Record(Written):
             task's own to choose from; T - 1 rows, fewer when unfinished. Empty for a head that needs images.
         calibration: the expected calibration error after each task, a fraction, over the test images of all tasks met.
             Empty when it was not measured.
+        reliability: after the last task, for each of equal bins of confidence, the test images that fell into it, the
+            sum of their confidences, and how many of them were right. Empty when it was not measured.
+        detection: after each task but the last, for each score how well it tells test images of classes met from those
+            of classes to come: `auroc`, `aupr` and `fpr95`, fractions. Empty when it was not measured.
         parts: for a stream of several data sets, the name of each and which tasks, from 0, are its own. Empty where
             there is one data set.
         version: of this file format.
@@ -100,6 +104,8 @@ class Record(Written):
     usage: list[list[list[int]]] = dataclasses.field(default_factory=list)
     future: list[list[float]] = dataclasses.field(default_factory=list)
     calibration: list[float] = dataclasses.field(default_factory=list)
+    reliability: list[list[float]] = dataclasses.field(default_factory=list)
+    detection: list[dict[str, dict[str, float]]] = dataclasses.field(default_factory=list)
     parts: dict[str, list[int]] = dataclasses.field(default_factory=dict)
     version: int = VERSION
 
@@ -209,6 +215,13 @@ class Record(Written):
         if self.calibration:
             rule = f"must have {rows} numbers, one per row of matrix"
             _require(len(self.calibration) == rows, "calibration", rule, len(self.calibration))
+        if self.reliability:
+            _require(
+                {len(row) for row in self.reliability} == {3}, "reliability", "must have rows of 3", self.reliability
+            )
+        if self.detection:
+            most = 0 if self.at_once else tasks - 1
+            _require(len(self.detection) <= most, "detection", f"must have at most {most} stages", len(self.detection))
         if self.parts:
             listed = [task for own in self.parts.values() for task in own]
             fits = listed == list(range(tasks)) and all(self.parts.values())
@@ -294,6 +307,12 @@ def _is_usage(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(t, list) and all(_is_sizes(row) for row in t) for t in value)
 
 
+def _is_stages(value: Any) -> bool:
+    stages = isinstance(value, list) and all(isinstance(stage, dict) for stage in value)
+    scores = [score for stage in value for score in stage.values()] if stages else []
+    return stages and all(isinstance(score, dict) and _is_fractions(list(score.values())) for score in scores)
+
+
 def _is_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(_is_whole(each) and each >= 0 for each in value)
 
@@ -325,8 +344,9 @@ _RULES = {
     **dict.fromkeys(("settings", "metrics", "seconds"), _TABLE),
     **dict.fromkeys(("backbone", "versions"), _WORDS),
     **dict.fromkeys(("trainable_parameters", "stored_numbers"), _COUNT),
-    **dict.fromkeys(("matrix", "matrix_task_aware", "future"), _MATRIX),
+    **dict.fromkeys(("matrix", "matrix_task_aware", "future", "reliability"), _MATRIX),
     "calibration": (_is_fractions, "must be a list of numbers from 0 to 1"),
+    "detection": (_is_stages, "must be a list of objects that map scores to names and numbers from 0 to 1"),
     "drift": (_is_drift, "must be a list of rows of lists of numbers, at least 0"),
     "usage": (_is_usage, "must be a list of tables of whole numbers, at least 0"),
     "parts": (_is_parts, "must map names to lists of whole numbers, at least 0"),

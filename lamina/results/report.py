@@ -24,6 +24,7 @@ from lamina.results.figures import (
 )
 from lamina.results.page import POLICY, counted, facts_list, html_table, number, percent_or_dash
 from lamina.results.records import PHASES, Record
+from lamina.results.reliability import DIAGRAM_STYLE, detection_table, diagrams
 from lamina.results.style import STYLE
 from lamina.results.tables import Row, aggregate, flatten, part_columns, percent, show
 from lamina.storage import write_whole
@@ -67,7 +68,7 @@ def report(records: Sequence[Record]) -> str:
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        f"<title>{title}</title>\n<style>\n{STYLE}\n</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{title}</title>\n<style>\n{STYLE}\n{DIAGRAM_STYLE}\n</style>\n</head>\n<body>\n<main>\n"
         f'<header><p class="eyebrow">{counted(len(records), "run")} of continual learning</p>'
         f"<h1>{title}</h1>{contents}</header>\n{sections}\n"
         f"<footer>{_made_with(records)}</footer>\n</main>\n</body>\n</html>\n"
@@ -99,7 +100,9 @@ def _section(index: int, records: Sequence[Record]) -> str:
             '<p class="say">Points from the best accuracy a task had earlier down to its last one. '
             f"Below zero, the task ended better than ever.</p>{lost}"
         )
-    parts += [_matrices(rows), _drift(rows), _usage(rows), _costs(rows), _settings(rows), _classes(records)]
+    named = _run_names(rows)
+    parts += [_matrices(rows), diagrams(named), detection_table(named), _drift(rows), _usage(rows), _costs(rows)]
+    parts += [_settings(rows), _classes(records)]
     parts.append(_origin(rows))
     return f"<section>{''.join(parts)}</section>"
 

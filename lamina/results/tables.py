@@ -27,6 +27,10 @@ TITLES = {
     "accuracy_task_aware": "task-aware accuracy (%)",
     "transfer": "transfer (%)",
     "ece": "ECE (%)",
+    "ece_batch_mean": "ECE, mean of batches (%)",
+    "novel_auroc": "novel classes: AUROC (%)",
+    "novel_aupr": "novel classes: AUPR (%)",
+    "novel_fpr95": "novel classes: FPR95 (%)",
 }
 COLUMNS = ("accuracy", "forgetting", "average_accuracy", "bwt")
 _SEEDS = ("seed", "order_seed")

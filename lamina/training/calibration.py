@@ -28,17 +28,30 @@ class Calibration:
     def __init__(self, temperature: float = 1.0) -> None:
         self.temperature = temperature
         self._bins = torch.zeros(BINS, 3, dtype=torch.float64)  # images, sum of confidences, right ones
+        self._batches = torch.zeros(2, dtype=torch.float64)  # the sum of their errors, and how many
 
     def see(self, place: int, batch: Batch, output: Output) -> None:
         """Sort a batch of images into the bins."""
         confidence, best = (averaged(output).double() / self.temperature).softmax(-1).max(-1)
         right = (best == batch.targets).double()
         rows = torch.stack([torch.ones_like(confidence), confidence, right], dim=1).cpu()
-        self._bins.index_add_(0, (confidence * BINS).long().clamp(max=BINS - 1).cpu(), rows)
+        own = torch.zeros_like(self._bins)
+        own.index_add_(0, (confidence * BINS).long().clamp(max=BINS - 1).cpu(), rows)
+        self._bins += own
+        self._batches += torch.tensor([calibration_error(own), 1.0], dtype=torch.float64)
 
     def error(self, reduce: Reduce) -> float:
         """Return the mean distance between confidence and accuracy of the bins, weighted by their images: the ECE."""
-        return calibration_error(reduce(self._bins))
+        return calibration_error(self.bins(reduce))
+
+    def bins(self, reduce: Reduce) -> Tensor:
+        """Return for each bin its images, the sum of their confidences, and how many were right (BINS, 3)."""
+        return reduce(self._bins)
+
+    def batch_mean(self, reduce: Reduce) -> float:
+        """Return the mean of the errors of single batches, as some released code has it; larger for smaller batches."""
+        errors, batches = reduce(self._batches).tolist()
+        return errors / max(batches, 1)
 
 
 def calibration_error(bins: Tensor) -> float:

@@ -97,6 +97,25 @@ def foreseen(
     return (counts[:, 0] / counts[:, 1]).tolist()
 
 
+@torch.inference_mode()
+def shown(
+    model: PromptedModel,
+    tasks: Sequence[Task],
+    batches: Callable[[Task], Iterable[Batch]],
+    see: Callable[[int, Batch, Output], None],
+    *,
+    seed: int,
+    advance: Callable[[int], None] = lambda images: None,
+) -> None:
+    """Show what a model says of test images, whatever their classes, as `accuracies` does."""
+    model.eval()
+    for place, task in enumerate(tasks):
+        torch.manual_seed(seed_at(seed, "evaluate", task.index))
+        for batch in batches(task):
+            see(place, batch, model(batch._replace(labels=None)))
+            advance(len(batch.targets))
+
+
 def scores(model: PromptedModel, batch: Batch) -> Tensor:
     """Return logits (B, C) of a batch, averaged over samples where the head draws some."""
     return averaged(model(batch._replace(labels=None)))

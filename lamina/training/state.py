@@ -43,7 +43,8 @@ class RunState:
         learner, seed, run_dir, identity, observers, meter: as of `lamina.training.trainer.Trainer`.
 
     Attributes:
-        position, matrix, matrix_task_aware, future, calibration, usage, seconds: as of `Trainer`.
+        position, matrix, matrix_task_aware, future, calibration, batch_calibration, reliability, detection, usage,
+            seconds: as of `Trainer`.
         met: the tasks that the model has grown for, in order; the last one may not be finished.
     """
 
@@ -69,6 +70,9 @@ class RunState:
         self.matrix_task_aware: list[list[float]] = []
         self.future: list[list[float]] = []
         self.calibration: list[float] = []
+        self.batch_calibration: float | None = None
+        self.reliability: list[list[float]] = []
+        self.detection: list[dict[str, dict[str, float]]] = []
         self.usage: list[list[list[int]]] = []
         self.seconds: dict[str, list[float]] = {name: [] for name in STRETCHES}
         self.met: list[Task] = []
@@ -110,6 +114,9 @@ class RunState:
             "matrix_task_aware": self.matrix_task_aware,
             "future": self.future,
             "calibration": self.calibration,
+            "batch_calibration": self.batch_calibration,
+            "reliability": self.reliability,
+            "detection": self.detection,
             "usage": self.usage,
             "seconds": self.seconds,
             "learned": self.learner.model.learned(),
@@ -133,6 +140,8 @@ class RunState:
         self.position = Position(*state["position"])
         self.matrix, self.matrix_task_aware = state["matrix"], state["matrix_task_aware"]
         self.future, self.calibration = state.get("future", []), state.get("calibration", [])
+        self.batch_calibration, self.reliability = state.get("batch_calibration"), state.get("reliability", [])
+        self.detection = state.get("detection", [])
         self.seconds, self.usage = state["seconds"], state.get("usage", [])
         self._recall(self._stages(stream)[: state["begun"]], state["learned"], state["memory"])
         self._optimizer_state = state["optimizer"]

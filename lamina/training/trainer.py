@@ -26,10 +26,11 @@ from lamina.model import Batch, Output, PromptedModel
 from lamina.prompts.reading import watched
 from lamina.seeds import seed_at
 from lamina.training.calibration import Calibration
-from lamina.training.evaluation import accuracies, foreseen, summed
+from lamina.training.evaluation import accuracies, foreseen, shown, summed
 from lamina.training.feed import Feed
 from lamina.training.gradients import only
 from lamina.training.meter import DriftMeter
+from lamina.training.novelty import Detection, detected
 from lamina.training.objective import classify
 from lamina.training.progress import Progress
 from lamina.training.replay import Choosing, taking
@@ -56,6 +57,8 @@ class Trainer(RunState):
         observers: who else learns from the look back, beside head and protections.
         meter: measures after each task how far old test images moved; of no use where all is learned at once.
         online: go through a phase's images once, whatever the method says; schedules see the shorter phase.
+        most_steps: a budget: the most steps that a phase takes; schedules see the shorter phase.
+        novelty: measure after each task how well images of tasks to come are told from those of tasks met.
 
     Attributes:
         position: the next step to take.
@@ -64,6 +67,11 @@ class Trainer(RunState):
         future: for each finished task a list of accuracies on those after it, by the names of their classes alone;
             empty where the head needs images of a class. The last task has none.
         calibration: the expected calibration error after each task, over the test images of all tasks met.
+        batch_calibration: after the last evaluation, the mean of the errors of single batches.
+        reliability: after the last evaluation, for each bin of confidence its images, the sum of their confidences, and
+            how many were right.
+        detection: after each task but the last, by score, how well new images are told from known ones; empty unless
+            `novelty`.
         usage: how often test images chose each prompt of a pool in the last evaluation, entry [t][c][p] for class c
             of task t and prompt p; empty without a pool.
         seconds: of each stretch of work, per task; of "measure_drift", too, where there is a meter.
@@ -83,6 +91,8 @@ class Trainer(RunState):
         observers: Sequence[Watcher] = (),
         meter: DriftMeter | None = None,
         online: bool = False,
+        most_steps: int | None = None,
+        novelty: bool = False,
     ) -> None:
         self.fabric = fabric or Fabric(accelerator="cpu", devices=1)
         super().__init__(
@@ -95,7 +105,8 @@ class Trainer(RunState):
             observers=observers,
             meter=None if learner.at_once else meter,
         )
-        self.feed, self.every, self.online = feed, checkpoint_every, online
+        self.feed, self.every, self.novelty = feed, checkpoint_every, novelty
+        self.online, self.most_steps = online, most_steps
         self.progress = progress or Progress()
         self.should_stop: Callable[[], bool] = lambda: False
 
@@ -115,9 +126,12 @@ class Trainer(RunState):
         self._begin(stages[: self.position.task])
         for task in stages[self.position.task :]:
             self.learn(task, tasks=len(stages))
-            self.evaluate(list(stream) if self.learner.at_once else stages[: task.index + 1])
+            met, ahead = stages[: task.index + 1], stages[task.index + 1 :]
+            known = self.evaluate(list(stream) if self.learner.at_once else met)
             if not self.learner.at_once:
-                self._foresee(task.index, stages[task.index + 1 :])
+                self._foresee(task.index, ahead)
+                if self.novelty and ahead:
+                    self._detect(known, task.index, ahead)
             if self.meter is not None:
                 self._measure(self.meter, task.index, len(stages))
             self.position = Position(task.index + 1)
@@ -169,15 +183,17 @@ class Trainer(RunState):
             if number >= self.position.phase:
                 self._run_phase(task, number, phase, tasks)
 
-    def evaluate(self, tasks: Sequence[Task]) -> None:
-        """Append a row of accuracies on `tasks` to the matrices, and count anew which prompts their images choose."""
+    def evaluate(self, tasks: Sequence[Task]) -> Detection:
+        """Append a row of accuracies on `tasks`, count which prompts images choose, and return how known they look."""
         stage = len(self.matrix)
         usage = Usage(tasks, self.learner.model.pool_size)
         calibration = Calibration(self._temperature)
+        known = Detection(tasks, self._temperature, self.feed.share)
 
         def see(place: int, batch: Batch, output: Output) -> None:
             usage.see(place, batch, output)
             calibration.see(place, batch, output)
+            known.see(place, batch, output)
 
         with self._stretch("evaluate", stage, len(tasks), sum(len(task.test) for task in tasks)):
             row, aware = accuracies(
@@ -191,8 +207,19 @@ class Trainer(RunState):
             )
         self.usage = usage.counts(summed(self.fabric))
         self.calibration.append(calibration.error(summed(self.fabric)))
+        self.batch_calibration = calibration.batch_mean(summed(self.fabric))
+        self.reliability = calibration.bins(summed(self.fabric)).tolist()
         self.matrix.append(row)
         self.matrix_task_aware.append(aware)
+        return known
+
+    def _detect(self, known: Detection, stage: int, tasks: Sequence[Task]) -> None:
+        """Append how well images of tasks to come are told from those that `known` has seen."""
+        new, reduce = Detection(tasks, self._temperature, self.feed.share), summed(self.fabric)
+        with self._stretch("evaluate", stage, stage + 1 + len(tasks), sum(len(task.test) for task in tasks)):
+            test, advance = (lambda task: self.feed.plain(task.test)), self.progress.advance
+            shown(self.learner.model, tasks, test, new.see, seed=self.seed, advance=advance)
+        self.detection.append(detected(known.scores(reduce), new.scores(reduce)))
 
     @property
     def _temperature(self) -> float:
@@ -232,6 +259,8 @@ class Trainer(RunState):
         model = self.learner.model
         if self.online and not phase.draws:
             phase = replace(phase, epochs=1, repeat=1)
+        if self.most_steps is not None:
+            phase = replace(phase, most_steps=self.most_steps)
         task = taking(phase, task, self.learner.memory, self.met)
         if len(task.train) or phase.data != "memory":  # nothing may be kept yet
             with only(phase.parameters(model), model) if phase.parameters is not None else nullcontext():
@@ -257,12 +286,14 @@ class Trainer(RunState):
             total = self.feed.steps(task.train, phase)
             source = self.feed.train(task, number, phase, first)
         images *= phase.epochs
+        if phase.most_steps is not None and phase.most_steps < total:
+            images, total = phase.most_steps * phase.batch_size, phase.most_steps
         model.train()
         with ExitStack() as guards, self._stretch("train", task.index, tasks, images) as watch:
             self.progress.skip(min(first * phase.batch_size, images))
             for protection in self.learner.protections:
                 guards.enter_context(protection.guard(optimizer))
-            for step, fed in enumerate(source, start=first):
+            for step, fed in zip(range(first, total), source, strict=False):  # a budget may end before the images
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * phase.schedule(step / total)
                 torch.manual_seed(seed_at(self.seed, "step", task.index, number, step, self.fabric.global_rank))

@@ -138,6 +138,10 @@ def test_the_summary_of_a_run_that_learns_all_at_once():
         "accuracy_task_aware": None,
         "transfer": None,
         "ece": None,
+        "ece_batch_mean": None,
+        "novel_auroc": None,
+        "novel_aupr": None,
+        "novel_fpr95": None,
     }
 
 
