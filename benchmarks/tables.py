@@ -64,6 +64,12 @@ CELLS = {
     "accuracy": Cell("accuracy (%)", lambda run: run.metrics["accuracy"]),
     "task-aware": Cell("task-aware accuracy (%)", lambda run: run.metrics["accuracy_task_aware"]),
     "forgetting": Cell("forgetting (%)", lambda run: run.metrics["forgetting"]),
+    "average": Cell("average accuracy (%)", lambda run: run.metrics["average_accuracy"]),
+    "bwt": Cell("BWT (%)", lambda run: run.metrics["bwt"]),
+    "transfer": Cell("transfer (%)", lambda run: run.metrics.get("transfer")),
+    "ece": Cell("ECE (%)", lambda run: run.metrics.get("ece")),
+    "novel": Cell("novel: AUROC (%)", lambda run: run.metrics.get("novel_auroc")),
+    "fpr95": Cell("novel: FPR95 (%)", lambda run: run.metrics.get("novel_fpr95")),
     "new tasks": Cell("new tasks (%)", lambda run: sum(line[-1] for line in run.matrix) / len(run.matrix)),
     "drift": Cell("drift (%)", lambda run: run.old_drift[-1][-1] if run.old_drift else None),
     "looking back": Cell(
@@ -78,6 +84,10 @@ CELLS = {
 #: file of a study -> what its tables show
 STUDIES = {
     "null-space": ("accuracy", "forgetting", "new tasks", "drift", "looking back"),
+    "clip": (
+        *("accuracy", "average", "forgetting", "bwt", "transfer", "ece", "novel", "fpr95"),
+        *("training", "memory", "learned"),
+    ),
     "pools": ("accuracy", "task-aware", "forgetting", "training", "evaluation", "memory", "learned", "stored"),
 }
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("null-space", "prompt-pools", "clip")))

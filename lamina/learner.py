@@ -76,6 +76,13 @@ def _nothing(task: Task) -> Sequence[Phase]:
     return []
 
 
+#: why images cannot be chosen by what draws say
+NO_DRAWS = (
+    "choose='variance' keeps images on which draws agree, and the head of this method draws nothing: take "
+    "choose='entropy' or 'energy'"
+)
+
+
 @dataclass
 class Learner:
     """A method, built for one backbone and one stream.
@@ -87,6 +94,9 @@ class Learner:
             computed once per image; training images come without augmentation.
         at_once: learn all tasks as one: an upper bound, not continual learning.
         memory: which old training images there will be for phases that ask for them; None keeps none.
+
+    Raises:
+        ConfigError: when the memory is to choose by draws and the head draws nothing.
     """
 
     model: PromptedModel
@@ -96,6 +106,10 @@ class Learner:
     cache: Literal["off", "features"] = "off"
     at_once: bool = False
     memory: Memory | None = None
+
+    def __post_init__(self) -> None:
+        if self.memory is not None and self.memory.wants == "draws" and not self.model.head.sampling:
+            raise ConfigError(NO_DRAWS)
 
 
 def check_lessons(method: str, learner: Learner) -> None:
@@ -108,7 +122,8 @@ def check_lessons(method: str, learner: Learner) -> None:
     if learner.at_once:
         raise ConfigError(f"{method} learns all classes at once, so it cannot take lessons; choose another one")
     if learner.model.transductive:
-        setting, batch = ("fusion_reduce", "batch_mean") if learner.model.head.transductive else ("selection", "batch")
+        head = learner.model.head
+        setting, batch = head.decides if head.transductive else ("selection", "batch")
         raise ConfigError(
             "what a kept model says of an image must not depend on the other images of a batch; with "
             f"{setting}={batch} what {method} says does: take {setting}=image, or measure it by `lamina run`"

@@ -16,6 +16,7 @@ from lamina.confidence import (
     learn_confidence,
     raw_scores,
     sureness,
+    uncertainty,
 )
 from lamina.errors import ConfigError, ShapeError
 from lamina.heads.moments import ClassStatistics, shrunk
@@ -320,3 +321,35 @@ def test_confidence_survives_json():
 def test_confidence_without_sense_is_refused():
     with pytest.raises(ConfigError, match="temperature must be above 0"):
         Known(images=1, temperature=0.0)
+
+
+# ── draws ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_uncertainty_is_what_a_loop_over_draws_images_and_classes_finds():
+    """S 6 draws, B 3 images, C 4 classes."""
+    logits = 3 * torch.randn(6, 3, 4, generator=torch.Generator().manual_seed(1))
+
+    def entropy(parts):
+        return -sum(part * math.log(part) for part in parts)
+
+    found = uncertainty(logits)
+    assert list(found) == ["entropy", "expected_entropy", "mutual_information"]
+    for image in range(3):
+        draws = [[math.exp(v) / sum(map(math.exp, row)) for v in row] for row in logits[:, image].tolist()]
+        whole = entropy([sum(draw[c] for draw in draws) / 6 for c in range(4)])
+        each = sum(map(entropy, draws)) / 6
+        values = [float(value[image]) for value in found.values()]
+        assert values == pytest.approx([whole, each, whole - each], rel=1e-6) and values[2] > 0.01
+    assert {value.shape for value in found.values()} == {(3,)}
+
+
+def test_draws_that_agree_have_no_mutual_information_and_classes_that_cannot_be_no_part():
+    one = torch.randn(1, 3, 4)
+    for said in (uncertainty(one), uncertainty(one.expand(6, -1, -1))):
+        assert said["mutual_information"].tolist() == pytest.approx([0] * 3, abs=1e-12)
+        assert said["mutual_information"].min() >= 0
+    assert uncertainty(torch.zeros(6, 1, 4))["entropy"].item() == pytest.approx(math.log(4))
+    masked = torch.cat([torch.randn(6, 3, 4), torch.full((6, 3, 2), -torch.inf)], -1)
+    for name, value in uncertainty(masked).items():
+        torch.testing.assert_close(value, uncertainty(masked[..., :4])[name])

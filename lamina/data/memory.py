@@ -43,8 +43,8 @@ class Memory:
         total: how many in all, the same number for every class met so far; what is left over stays empty.
         choose: the order of preference. "random" draws it, by address; "first" is the order of the split; "herding"
             takes the image that brings the mean of those taken nearest to that of all, features being of unit length;
-            "entropy" takes those first of which the model is least sure; "energy" those that look most known, whose
-            scores have the largest log-sum-exp; "variance" those on whose probabilities draws agree most. Equals are
+            "entropy" takes those first of which the model is least sure; "energy" those that look least known, whose
+            scores have the smallest log-sum-exp; "variance" those on whose probabilities draws agree most. Equals are
             taken in the order of the split.
 
     Raises:
@@ -145,7 +145,7 @@ class Memory:
         elif self.choose == "entropy":
             order = entropies(rows).argsort(descending=True, stable=True)
         elif self.choose == "energy":
-            order = rows.logsumexp(1).argsort(descending=True, stable=True)
+            order = rows.logsumexp(1).argsort(stable=True)
         else:
             order = rows[:, 0].argsort(stable=True)
         return order[: self.room].numpy()

@@ -177,6 +177,8 @@ class SampledTextHead(TextHead):
         negatives: as for `TextHead`.
     """
 
+    sampling = True
+
     def __init__(
         self, texts: SampledTexts, *, bound: Bound = "mixture", negatives: Literal["task", "seen"] = "seen"
     ) -> None:

@@ -64,6 +64,7 @@ class ClapHead(TextHead):
     """
 
     texts: ClassTexts
+    decides = ("context", "batch")
 
     def __init__(
         self,
@@ -92,6 +93,7 @@ class ClapHead(TextHead):
         self.samples, self.mc, self.average, self.start = samples, mc, average, start
         self.weights, self.anchored, self.future = weights, anchored, future
         self.transductive = guidance is not None and guidance.context == "batch"
+        self.sampling = encoders is not None and encoders.learns_spread
         self._sizes: list[int] = []  # of the tasks that brought new classes, one after the other
         self._trained = 0  # classes that are not there by their names alone
         self._noise: list[Tensor] = []  # of each class, (S, F)
@@ -161,9 +163,10 @@ class ClapHead(TextHead):
             around, mean, spread = self.gaussians(features)
             noise = None if spread is None else self.noise(features.device)
             terms = {**self.texts.terms(features), **self.regularised(mean, spread, noise)}
-            return Scores(self.scored(features, around + mean, spread, noise), terms)
+            return Scores(self.scored(features, around + mean, spread, noise), terms, self.texts.choose(features))
         few = len(features) if self.transductive else max(1, TOGETHER // len(self.texts.classes))
-        return Scores(torch.cat([self.predicted(some) for some in features.split(few)]))
+        logits = torch.cat([self.predicted(some) for some in features.split(few)])
+        return Scores(logits, chosen=self.texts.choose(features))
 
     def scored(self, features: Tensor, centre: Tensor, spread: Tensor | None, noise: Tensor | None) -> Tensor:
         """Return logits (S, B, C) of images for class features centre + spread * noise; (B, C) without a spread.

@@ -53,7 +53,8 @@ def kind_of(text: Text, tower: Tower, side: TextSide, names: Mapping[str, str]) 
         return Kind(ContextTexts(side, 12, names=names), None, heads, True)
     if text == "attriclip":
         # the losses of the bank are left out, as they are off in the released code
-        return Kind(AttributeTexts(side, names=names, pull=0.0, apart=0.0), None, _dividing(tower.features, 8), False)
+        texts: ClassTexts = AttributeTexts(side, names=names, retrieval="dot", pull=0.0, apart=0.0)
+        return Kind(texts, None, _dividing(tower.features, 8), False)
     if text == "maple":
         depth = min(DEPTH, tower.depth, side.tower.depth)
         words, fixed = divided(side, "a photo of a", 2)

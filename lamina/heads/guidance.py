@@ -26,7 +26,8 @@ class Guidance(nn.Module):
         width: F.
         heads: of both attentions.
         hidden: channels between its last two matrices.
-        dropout: of weights and of what is added to names, as long as the layer learns.
+        dropout: of weights and of what is added to names, as long as the layer learns. The weight of a single image
+            is not dropped.
         context: what names look at: "image" lets each image be looked at by itself; "batch" all images of a batch
             together, so that a prediction depends on the others; "none" nothing.
     """
@@ -37,6 +38,8 @@ class Guidance(nn.Module):
         super().__init__()
         self.context = context
         self.layer = nn.TransformerDecoderLayer(width, heads, hidden, dropout, F.gelu, batch_first=True)
+        if context == "none":  # nothing would ever teach it, and processes that share gradients would wait for its own
+            self.layer.multihead_attn = None  # type: ignore[assignment]
 
     def train(self, mode: bool = True) -> Guidance:
         """Drop nothing where the layer does not learn."""

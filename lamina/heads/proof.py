@@ -143,7 +143,7 @@ class ProofHead(TextHead):
     ) -> None:
         super().__init__(EachText(side, templates, names), learn_scale=True, negatives=negatives)
         self.width, self.each, self.reduce = side.tower.features, contexts, reduce
-        self.transductive = reduce == "batch_mean"
+        self.transductive, self.decides = reduce == "batch_mean", ("fusion_reduce", "batch_mean")
         self.freeze_texts, self.plain = freeze_texts, plain
         self.of_images, self.of_texts = SummedLinear(self.width), SummedLinear(self.width)
         self.contexts = nn.ParameterList()

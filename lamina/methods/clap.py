@@ -1,15 +1,13 @@
 """CLAP: what CLIP says of a class becomes a Gaussian, for each task by an encoder of its own.
 
 Features of class names look at the image, are moved by that, and get a distribution around them, anchored to what
-templates say; scores average over draws. Old encoders are frozen while a task is learned; then all learn together from
-a few kept images of every class. It works on templates alone, or on words learned as in other methods.
-
+templates say; scores average over draws. Old encoders are frozen while a task is learned; then, from the second task
+on, all learn together from a few kept images of every class. It works on templates alone, or on words that are learned.
 Each image is its own context. In released code names look at the whole test batch, whose images come from one task:
 a leak, which `preset="paper"` and `preset="code"` have.
 
 Shared parts, in reading order:
-    names that look     lamina.heads.guidance.Guidance
-    Gaussians           lamina.heads.encoders.Encoders
+    names, Gaussians    lamina.heads.guidance.Guidance, lamina.heads.encoders.Encoders
     classifier          lamina.heads.clap.ClapHead; its texts: lamina.heads.clap_texts
     plan of training    lamina.methods.by_name.ByName
 
@@ -29,7 +27,7 @@ from pydantic import Field, model_validator
 from lamina.backbones.tower import Tower
 from lamina.data.stream import Task
 from lamina.errors import ConfigError
-from lamina.heads.clap import Average, ClapHead, MonteCarlo
+from lamina.heads.clap import Anchored, Average, ClapHead, MonteCarlo
 from lamina.heads.clap_texts import Text, kind_of
 from lamina.heads.encoders import Encoders, Start
 from lamina.heads.guidance import Context, Guidance
@@ -65,9 +63,7 @@ class CLAP(ByName):
     start: Start = Field("language", description="of a new encoder: from templates, zero, or as PyTorch starts it")
     divergence: float = Field(0.001, ge=0, description="weight of the divergence from N(0, 1)")
     language: float = Field(15.0, ge=0, description="weight of the loss that anchors draws to templates")
-    anchored: Literal["learning", "past", "all"] | None = Field(
-        None, description="tasks that are anchored; left out, those that learn, or without a memory all"
-    )
+    anchored: Anchored | None = Field(None, description="which tasks; left out, learning ones, or without a memory all")
     negatives: Literal["task", "seen"] = Field("seen", description="classes that compete in training")
     memory: int = Field(20, ge=0, description="old training images kept of each class, to be learned from again")
     balance: int = Field(2, ge=0, description="passes over the memory alone after each task, at a tenth of the rate")
@@ -79,7 +75,7 @@ class CLAP(ByName):
     @model_validator(mode="before")
     @classmethod
     def _preset_has_settings(cls, values: Any) -> Any:
-        return {**PRESETS.get(values.get("preset"), {}), **values}
+        return {**PRESETS.get(str(values.get("preset")), {}), **values}
 
     @model_validator(mode="after")
     def _something_learns(self) -> Self:
@@ -88,11 +84,15 @@ class CLAP(ByName):
         return self
 
     def idle(self) -> dict[str, str]:
-        drawn, coded = self.variational, self.encoder != "none"
-        idle = {} if coded else dict.fromkeys(("variational", "normed", "start", "language", "anchored"), "without one")
-        idle |= {} if drawn and coded else dict.fromkeys(("samples", "mc", "average", "divergence"), "without draws")
-        idle |= {} if self.guidance else dict.fromkeys(("context", "heads"), "without guidance")
-        return super().idle() | idle
+        idle, coded = super().idle(), self.encoder != "none"
+        idle |= dict.fromkeys(["average"] * (self.mc == "mean"), "with mc=mean")
+        idle |= dict.fromkeys(["anchored"] * (not self.language), "with language=0")
+        idle |= dict.fromkeys(["balance"] * (not coded and self.text == "hand"), "where the attention alone learns")
+        encoded = () if coded else ("variational", "normed", "start", "language", "anchored")
+        drawn = () if self.variational and coded else ("samples", "mc", "average", "divergence")
+        guided = () if self.guidance else ("context", "heads")
+        idle |= dict.fromkeys(encoded, "without an encoder")
+        return idle | dict.fromkeys(drawn, "without draws") | dict.fromkeys(guided, "without guidance")
 
     def build(self, tower: Tower) -> Learner:
         """Put the method together for one frozen image tower with a text side; ConfigError where a text has no room."""
@@ -115,6 +115,6 @@ class CLAP(ByName):
         return rising(self.warmup, cosine(1e-3)) if lr == self.lr else cosine(1e-3)
 
     def refine(self, task: Task) -> Sequence[Phase]:
-        """Learn from the memory alone, all encoders together; the attention stays, and may be all that learns."""
-        learns = self.encoder != "none" or self.text != "hand"
-        return [replace(phase, parameters=all_but("head.guidance.")) for phase in super().refine(task) if learns]
+        """Learn from the memory alone, from the second task on, all encoders together; the attention stays."""
+        tunes, held = task.index and "balance" not in self.idle(), all_but("head.guidance.")
+        return [replace(phase, parameters=held) for phase in super().refine(task) if tunes]

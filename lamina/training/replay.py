@@ -14,7 +14,7 @@ from lamina.data.loader import Share
 from lamina.data.memory import Memory, disagreement
 from lamina.data.stream import Task, mixed
 from lamina.errors import ConfigError
-from lamina.learner import Phase
+from lamina.learner import NO_DRAWS, Phase
 from lamina.lookback import Reduce, Watcher
 from lamina.model import Batch, PromptedModel
 from lamina.seeds import seed_at
@@ -96,10 +96,7 @@ class Choosing(Watcher):
         """Return how far draws differ on images (B, 1)."""
         said = self.model.eval().head.samples_of(features)
         if said is None:
-            raise ConfigError(
-                "choose='variance' keeps images on which draws agree, and the head of this method draws nothing: take "
-                "choose='entropy' or 'energy'"
-            )
+            raise ConfigError(NO_DRAWS)
         return disagreement(said)[:, None]
 
     def _table(self, rows: Sequence[Tensor], width: int) -> Tensor:

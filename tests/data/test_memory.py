@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from lamina.data.memory import Memory, entropies, herded
+from lamina.data.memory import Memory, disagreement, entropies, herded
 from lamina.data.pictures import ArrayPictures
 from lamina.data.stream import Split, Task
 from lamina.errors import ConfigError, ShapeError
 
-CHOICES = ["random", "herding", "entropy"]
+CHOICES = ["random", "first", "herding", "entropy", "energy", "variance"]
 RNG = np.random.default_rng(0)
 EMPTY = np.zeros(0, np.int64)
 
@@ -33,11 +33,12 @@ def task_of(index, counts, start=0, source=None):
 
 
 def seen(task, seed=0):
-    """Features and scores of a task's images."""
+    """Features and scores of a task's images, and how far their draws differ."""
     generator = torch.Generator().manual_seed(seed)
     return {
         "features": torch.randn(len(task.train), 5, generator=generator),
         "scores": 3 * torch.randn(len(task.train), 7, generator=generator),
+        "draws": torch.rand(len(task.train), 1, generator=generator),
     }
 
 
@@ -64,7 +65,10 @@ def counts_of(memory):
         ),
         ({"per_class": 0}, "per_class must be at least 1; got 0; a learner that keeps nothing has no memory"),
         ({"total": -1}, "total must be at least 1; got -1; a learner that keeps nothing has no memory"),
-        ({"total": 5, "choose": "herd"}, "choose must be one of random, herding, entropy; got 'herd'"),
+        (
+            {"total": 5, "choose": "herd"},
+            "choose must be one of random, first, herding, entropy, energy, variance; got 'herd'",
+        ),
     ],
 )
 def test_a_memory_has_one_budget_and_a_known_choice(arguments, message):
@@ -106,7 +110,8 @@ def test_what_is_kept_of_a_class_is_the_beginning_of_its_order_of_preference(cho
     assert [kept(shrinking, column) for column in (0, 1)] == [kept(whole, column)[:5] for column in (0, 1)]
     shrinking.keep(second, 0, **seen(second))
     assert [kept(shrinking, column) for column in range(5)] == [kept(whole, column)[:2] for column in range(5)]
-    assert sorted(kept(whole, 0)) == np.flatnonzero(first.train.columns == 0).tolist() != kept(whole, 0)
+    assert sorted(kept(whole, 0)) == np.flatnonzero(first.train.columns == 0).tolist()
+    assert (kept(whole, 0) == sorted(kept(whole, 0))) == (choose == "first")
 
 
 def test_a_total_below_the_number_of_classes_is_refused_beforehand():
@@ -251,11 +256,52 @@ def test_the_images_of_which_the_model_is_least_sure_come_first_equals_in_their_
     assert kept(memory, 1) == [1, 3, 5]
 
 
+# ── first, energy and variance ───────────────────────────────────────────────────────────────────────
+
+
+def alternating(choose, **given):
+    """What is kept of two classes that take turns in eight images, at most three of each."""
+    split = Split(pictures(8), np.arange(8), np.array([0, 1] * 4))
+    memory = Memory(per_class=3, choose=choose)
+    memory.keep(Task(0, ["a", "b"], [0, 1], split, split), 0, **given)
+    return kept(memory, 0), kept(memory, 1)
+
+
+def test_the_first_images_are_the_first_of_the_split_whatever_the_seed():
+    assert alternating("first") == ([0, 2, 4], [1, 3, 5])
+
+
+def test_images_that_look_least_known_come_first_equals_in_their_order():
+    """One score that is large makes the sum of exponentials large, two that are equal add the logarithm of 2."""
+    high = torch.tensor([5.0, 1.0, 2.0, 3.0, 2.0, 3.0, 9.0, 0.0])
+    low = torch.tensor([-9.0, 1.0, -9.0, -9.0, 2.0, -9.0, -9.0, 0.0])
+    scores = torch.stack([high, low], 1)
+    energies = [math.log(math.exp(a) + math.exp(b)) for a, b in scores.tolist()]
+    slow = [sorted(range(start, 8, 2), key=energies.__getitem__)[:3] for start in (0, 1)]
+    assert alternating("energy", scores=scores) == tuple(slow) == ([2, 4, 0], [7, 1, 3])
+
+
+def test_images_on_which_draws_agree_most_come_first_equals_in_their_order():
+    differ = torch.tensor([[0.5], [0.1], [0.2], [0.3], [0.2], [0.3], [0.0], [0.9]])
+    assert alternating("variance", draws=differ) == ([6, 2, 4], [1, 3, 5])
+
+
+def test_disagreement_is_the_variance_of_probabilities_over_draws_summed_over_classes():
+    scores, slow = 2 * torch.randn(4, 6, 5), []
+    for image in range(6):
+        draws = [[math.exp(v) / sum(map(math.exp, row)) for v in row] for row in scores[:, image].tolist()]
+        means = [sum(draw[c] for draw in draws) / 4 for c in range(5)]
+        slow.append(sum((draw[c] - means[c]) ** 2 / 4 for draw in draws for c in range(5)))
+    assert disagreement(scores).tolist() == pytest.approx(slow, rel=1e-5)
+    assert disagreement(scores[:1]).tolist() == [0] * 6
+
+
 # ── what it is given ─────────────────────────────────────────────────────────────────────────────────
 
 
 def test_each_choice_says_what_it_looks_at():
-    assert [Memory(total=9, choose=choose).wants for choose in CHOICES] == ["nothing", "features", "scores"]
+    wanted = ["nothing", "nothing", "features", "scores", "scores", "draws"]
+    assert [Memory(total=9, choose=choose).wants for choose in CHOICES] == wanted
 
 
 @pytest.mark.parametrize(
@@ -264,6 +310,8 @@ def test_each_choice_says_what_it_looks_at():
         ("herding", {"scores": torch.zeros(15, 7)}, "features for each of 15 images; got none"),
         ("entropy", {"scores": torch.zeros(14, 7)}, "scores for each of 15 images; got shape (14, 7)"),
         ("herding", {"features": torch.zeros(15)}, "features for each of 15 images; got shape (15,)"),
+        ("energy", {"draws": torch.zeros(15, 1)}, "scores for each of 15 images; got none"),
+        ("variance", {"scores": torch.zeros(15, 7)}, "draws for each of 15 images; got none"),
     ],
 )
 def test_what_is_looked_at_must_be_there_for_every_image(choose, given, got):

@@ -211,6 +211,8 @@ def test_defaults_are_the_papers():
     assert AttriCLIP().model_dump() == {
         "negatives": "task",
         "memory": 0,
+        "memory_total": 0,
+        "choose": "random",
         "balance": 0,
         "epochs": 10,
         "batch_size": 32,
@@ -261,10 +263,10 @@ def test_more_learned_words_than_a_text_has_room_for_are_refused_when_it_is_buil
 @pytest.mark.parametrize(
     ("settings", "idle"),
     [
-        ({}, {"balance"}),
-        ({"top": 1}, {"balance", "order", "fillers"}),
-        ({"apart": 0.0}, {"balance", "fillers"}),
-        ({"size": 1, "top": 1}, {"balance", "order", "fillers", "apart"}),
+        ({}, {"balance", "choose"}),
+        ({"top": 1}, {"balance", "choose", "order", "fillers"}),
+        ({"apart": 0.0}, {"balance", "choose", "fillers"}),
+        ({"size": 1, "top": 1}, {"balance", "choose", "order", "fillers", "apart"}),
         ({"memory": 3}, {"negatives"}),
     ],
 )

@@ -247,6 +247,8 @@ def test_defaults_are_the_papers_but_for_the_spread_and_the_plan():
     assert BayesPrompt().model_dump() == {
         "negatives": "task",
         "memory": 0,
+        "memory_total": 0,
+        "choose": "random",
         "balance": 0,
         "epochs": 5,
         "batch_size": 32,
@@ -277,7 +279,11 @@ def test_settings_reach_the_texts():
 
 @pytest.mark.parametrize(
     ("settings", "idle"),
-    [({}, {"balance", "length"}), ({"words": ""}, {"balance"}), ({"samples": 1}, {"balance", "length", "bound"})],
+    [
+        ({}, {"balance", "choose", "length"}),
+        ({"words": ""}, {"balance", "choose"}),
+        ({"samples": 1}, {"balance", "choose", "length", "bound"}),
+    ],
 )
 def test_settings_that_change_nothing_are_named(settings, idle):
     assert BayesPrompt(**settings).idle().keys() == idle

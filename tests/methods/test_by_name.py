@@ -60,7 +60,7 @@ def test_a_class_alone_is_not_trained_on_and_one_among_those_met_is():
 
 
 def test_settings_without_an_effect_are_named():
-    assert ByName().idle() == {"balance": "without a memory"}
+    assert ByName().idle() == {"balance": "without a memory", "choose": "without a memory"}
     settings = CoOp(memory=1, negatives="seen")
     with pytest.raises(ConfigError) as error:
         settings.heed({"memory": 1, "negatives": "seen"}, {})

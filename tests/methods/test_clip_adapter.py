@@ -140,7 +140,7 @@ def test_the_optimizer_of_the_released_code_is_a_setting():
 
 
 def test_settings_without_an_effect_are_named():
-    assert set(ClipAdapter().idle()) == {"balance", "momentum"}
+    assert set(ClipAdapter().idle()) == {"balance", "choose", "momentum"}
     assert set(ClipAdapter(optimizer="sgd", memory=1).idle()) == {"negatives"}
     nothing = ClipAdapter(ratio=0.0, memory=1, balance=1)
     assert {"lr", "epochs", "reduction", "memory"} <= set(nothing.idle()) and "templates" not in nothing.idle()

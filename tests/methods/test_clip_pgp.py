@@ -162,7 +162,8 @@ def test_a_small_held_step_moves_old_products_far_less_than_a_free_one():
 def test_defaults_are_those_of_the_released_code():
     settings = CLIPPGP()
     assert settings.model_dump() == {
-        "negatives": "task", "memory": 0, "balance": 0, "epochs": 5, "batch_size": 32, "lr": 0.01, "momentum": 0.9,
+        "negatives": "task", "memory": 0, "memory_total": 0, "choose": "random",
+        "balance": 0, "epochs": 5, "batch_size": 32, "lr": 0.01, "momentum": 0.9,
         "names": {}, "length": 10, "context": 16, "prompt_share": 0.9, "apply": "step", "weight_decay": 2e-4,
         "first_lr": 0.001, "first_weight_decay": 5e-4,
     }  # fmt: skip

@@ -220,6 +220,6 @@ def test_a_rate_below_that_of_the_warm_up_is_not_raised():
 
 
 def test_settings_without_an_effect_are_named():
-    assert set(MaPLe().idle()) == {"balance"}
+    assert set(MaPLe().idle()) == {"balance", "choose"}
     assert set(MaPLe(words="", memory=1).idle()) == {"negatives", "word_init"}
     assert MaPLe(word_init="full").idle()["length"] == "with word_init=full, where words have a length"

@@ -226,6 +226,8 @@ def test_defaults_are_the_released_codes_but_for_the_plan():
     assert ProDA().model_dump() == {
         "negatives": "task",
         "memory": 0,
+        "memory_total": 0,
+        "choose": "random",
         "balance": 0,
         "epochs": 5,
         "batch_size": 20,
@@ -256,7 +258,11 @@ def test_a_step_cannot_draw_more_contexts_than_there_are():
 
 @pytest.mark.parametrize(
     ("settings", "idle"),
-    [({}, {"balance"}), ({"contexts": 1, "each_step": 1}, {"balance", "apart"}), ({"memory": 2}, {"negatives"})],
+    [
+        ({}, {"balance", "choose"}),
+        ({"contexts": 1, "each_step": 1}, {"balance", "choose", "apart"}),
+        ({"memory": 2}, {"negatives"}),
+    ],
 )
 def test_settings_that_change_nothing_are_named(settings, idle):
     assert ProDA(**settings).idle().keys() == idle

@@ -104,7 +104,8 @@ def test_a_model_says_whether_images_are_fused_over_a_batch(reduce):
 def test_defaults_are_those_of_the_released_code_but_for_what_depends_on_a_batch():
     settings = PROOF()
     assert settings.model_dump() == {
-        "negatives": "task", "memory": 20, "balance": 0, "epochs": 5, "batch_size": 64, "lr": 0.001, "momentum": 0.9,
+        "negatives": "task", "memory": 20, "memory_total": 0, "choose": "herding",
+        "balance": 0, "epochs": 5, "batch_size": 64, "lr": 0.001, "momentum": 0.9,
         "names": {}, "templates": "cifar", "contexts": 3, "fusion_reduce": "image", "freeze_texts": True,
         "weight_decay": 0.05, "parity": "paper",
     }  # fmt: skip
@@ -128,4 +129,4 @@ def test_official_does_as_the_released_code_and_each_part_can_be_chosen():
 
 def test_who_competes_is_no_choice_with_a_memory():
     assert PROOF().idle() == {"negatives": "with a memory, where all classes met so far compete"}
-    assert PROOF(memory=0).idle() == {"balance": "without a memory"}
+    assert PROOF(memory=0).idle() == {"balance": "without a memory", "choose": "without a memory"}

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lamina.continual import ContinualModel
 from lamina.data.loader import Share, global_batch, plain_batches
-from lamina.data.memory import Memory
+from lamina.data.memory import Memory, disagreement
 from lamina.errors import ConfigError, ResumeError
 from lamina.heads.linear import LinearHead
 from lamina.learner import Learner, Phase
@@ -278,6 +278,45 @@ def test_a_random_choice_looks_at_no_image_and_depends_on_the_seed(tiny_vit, str
         assert trainer.learner.memory.state_dict() == expected.state_dict()
         kept.append(expected.state_dict())
     assert kept[0] != kept[1]
+
+
+class Drawing(LinearHead):
+    """A head that draws three times: scores grow from one to the next."""
+
+    sampling = True
+
+    def samples_of(self, features):
+        return torch.stack([self(features).logits * factor for factor in (0.5, 1.0, 3.0)])
+
+
+def test_variance_is_that_of_what_the_head_draws(tiny_vit, stream):
+    task, head = stream.tasks[0], Drawing(tiny_vit.features)
+    learner = Learner(
+        PromptedModel(tiny_vit, None, head), lambda task: [], memory=Memory(per_class=2, choose="variance")
+    )
+    fabric = Fabric(accelerator="cpu", devices=1)
+    Trainer(learner, Feed.to(learner, fabric, SPEC, eval_batch=6), fabric).learn(task)
+    expected = Memory(per_class=2, choose="variance")
+    with torch.no_grad():
+        draws = disagreement(head.samples_of(plain_features(tiny_vit, task.train)))[:, None]
+    expected.keep(task, 0, draws=draws)
+    assert learner.memory.state_dict() == expected.state_dict()
+
+
+def test_a_head_that_draws_nothing_leaves_nothing_to_choose_by(tiny_vit, stream):
+    """Refused when a learner is built; what says so and does not, when the choice is due."""
+    message = (
+        "choose='variance' keeps images on which draws agree, and the head of this method draws nothing: take "
+        "choose='entropy' or 'energy'"
+    )
+    with pytest.raises(ConfigError) as error:
+        replaying(tiny_vit, choose="variance")
+    assert str(error.value) == message
+    trainer = replaying(tiny_vit, before=[], after=[])
+    trainer.learner.memory = Memory(per_class=2, choose="variance")
+    with pytest.raises(ConfigError) as error:
+        trainer.learn(stream.tasks[0])
+    assert str(error.value) == message
 
 
 @pytest.mark.parametrize("choose", ["herding", "entropy"])
