@@ -13,6 +13,7 @@ METHODS: dict[str, str] = {
     "attriclip": "lamina.methods.attriclip:AttriCLIP",
     "bayes-prompt": "lamina.methods.bayes_prompt:BayesPrompt",
     "clap": "lamina.methods.clap:CLAP",
+    "clap-nsp2": "lamina.methods.clap_nsp2:CLAPNSP2",
     "clip-adapter": "lamina.methods.clip_adapter:ClipAdapter",
     "clip-nsp2": "lamina.methods.clip_nsp2:CLIPNSP2",
     "clip-pgp": "lamina.methods.clip_pgp:CLIPPGP",
