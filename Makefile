@@ -6,7 +6,7 @@ BIN := .venv/bin
 demo: .venv/ready           ## learn ten digits two at a time and compare four methods (about 4 minutes)
 	$(BIN)/lamina demo
 
-test: .venv/ready           ## the fast tests (some ten minutes on two cores)
+test: .venv/ready           ## the fast tests (some seven minutes on two cores)
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadgroup -m "not slow and not gpu"
 
 test-all: .venv/ready       ## the slow ones, too

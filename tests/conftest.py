@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lamina.backbones.timm_vit import TimmTower
+from lamina.registry import method_names
 
 # Tiny tensors are slower on many threads, and one thread makes sums repeatable on any machine.
 torch.set_num_threads(1)
@@ -37,9 +38,23 @@ def make_tiny_vit(dtype=torch.float32):
     return tower
 
 
-def pytest_collection_modifyitems(items):
-    """Keep together, in one process, what shares finished runs: the tests of a file, or there, those of one method."""
-    for item in items:
-        method = item.callspec.params.get("name") if hasattr(item, "callspec") else None
-        part = f"-{method}" if item.path.parent.name == "contracts" and isinstance(method, str) else ""
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}/{item.path.stem}{part}"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Keep together, in one process, what shares finished runs: the tests of a file, or of one method in contracts.
+
+    Groups marked by `xdist_group` would say so, too, but pytest-xdist 3.8 does not see them under pytest 9.
+    """
+    if config.getoption("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    methods = sorted(method_names(), key=len, reverse=True)  # "l2p-pgp" before "l2p", which it begins with
+
+    class ByFileAndMethod(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path, _, test = nodeid.partition("::")
+            part = test.partition("[")[2] if path.startswith("tests/contracts/") else ""
+            return f"{path} {next((name for name in methods if part.startswith(name)), '')}"
+
+    config.option.loadscopereorder = False  # the short ones, doctests, stay at the end
+    return ByFileAndMethod(config, log)

@@ -7,7 +7,7 @@ from lamina.backbones.clip import ClipImageTower
 from lamina.model import Batch
 from lamina.registry import default_backbone, method_class, method_names
 from tests.backbones.clips import clip
-from tests.contracts.test_methods import CHEAP, PER_TASK, TASKS
+from tests.contracts.test_methods import BRIEF, PER_TASK, TASKS, cheap
 from tests.streams import blobs, trainer_of
 
 
@@ -15,9 +15,7 @@ from tests.streams import blobs, trainer_of
     "name", [name for name in method_names() if "clip" not in default_backbone(method_class(name))]
 )
 def test_two_tasks_are_learned_and_an_answer_is_the_same_alone_and_in_a_batch(name):
-    kind = method_class(name)
-    values = {**CHEAP, "components": 3, "position": "none"}  # no position of CLIP's class token reaches block 0
-    settings = kind(**{setting: value for setting, value in values.items() if setting in kind.model_fields})
+    settings = cheap(name, **BRIEF, components=3, position="none")  # of CLIP's class token none reaches block 0
     trainer = trainer_of(settings, ClipImageTower(clip()))
     before = {key: value.clone() for key, value in trainer.learner.model.state_dict().items()}
     stream = blobs(TASKS, PER_TASK)

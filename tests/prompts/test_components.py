@@ -240,7 +240,7 @@ def test_new_components_of_zeros_change_nothing(tiny_vit):
     assert (before - query).abs().max() > 1e-3
     prompts.begin_task(2)
     prompts.prefixes[2].zero_()
-    torch.testing.assert_close(tiny_vit(images, prompts.start(query)).features, before, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(tiny_vit(images, prompts.start(query)).features, before, rtol=1e-5, atol=1e-5)
 
 
 def test_backward_stops_at_the_first_block_with_components_and_leaves_the_tower_alone(tiny_vit):
