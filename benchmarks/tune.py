@@ -75,6 +75,7 @@ TRIES: dict[str, list[dict[str, Any]]] = {
     "dualprompt": POOL_RATES,
     "coda-prompt": PREFIX_RATES,
     "l2p-pp": PREFIX_RATES,
+    "clap": [{"lr": 0.001}, {"lr": 0.0003}, {"lr": 0.0001}, {"lr": 0.003}],
     "coop": WORD_RATES,
     "bayes-prompt": WORD_RATES,
     "proda": WORD_RATES,
