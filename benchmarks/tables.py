@@ -187,16 +187,16 @@ def votes(values: Mapping[str, Any]) -> str:
     """Return the Markdown table of what `benchmarks/votes.py` wrote: a line for each run, a column for each choice."""
     columns = list(dict.fromkeys((r["choice"], r["batch"], r["order"]) for run in values["runs"] for r in run["rows"]))
     columns = [column for column in columns if column[0] == "batch" or column[2] == "sorted"]  # alone, order is nothing
-    titles = {"image": "each image for itself", "batch": "vote of {} {}"}
+    titles = {"image": "each image for itself", "batch": "{} together, {}"}
     words = {"sorted": "of a class and task", "mixed": "in no order"}
     heads = [titles[choice].format(batch, words[order]) for choice, batch, order in columns]
-    lines = [f"| method | trained | {' | '.join(heads)} |", f"|---|---|{'---:|' * len(columns)}"]
+    lines = [f"| method | on | trained | {' | '.join(heads)} |", f"|---|---|---|{'---:|' * len(columns)}"]
     for run in values["runs"]:
         found = {(row["choice"], row["batch"], row["order"]): row["accuracy"] for row in run["rows"]}
-        trained = {"image": "each image for itself", "batch": "by vote"}[run["trained"]]
+        trained = {"image": "each image for itself", "batch": "together"}[run["trained"]]
         cells = [f"{100 * found[column]:.1f}" for column in columns]
-        lines.append(f"| {run['method']} | {trained} | {' | '.join(cells)} |")
-    said = f"Accuracy in percent on the test images of `{values['stream']}`, one seed"
+        lines.append(f"| {run['method']} | {run['stream']} | {trained} | {' | '.join(cells)} |")
+    said = "Accuracy in percent on the test images of all tasks, one seed"
     return "\n".join(lines) + f"\n\n{said}; {values['hardware']}; commit `{values['commit']}`.\n"
 
 

@@ -1,10 +1,11 @@
-"""What a vote of test images does: the same learned prompts, chosen by each image or by all of a batch together.
+"""What a test batch gives away: what was learned, read by each image for itself or by all of a batch together.
 
     python benchmarks/votes.py RUN [RUN ...] --data DIR       writes benchmarks/results/votes.json
 
-Takes finished runs of methods that have the setting `selection`. Test images come a task after another and sorted by
-class, as released code shows them, in batches of several sizes; and once in no order, all tasks together. Whoever
-votes among images of one class learns from the batch which class it is likely to be: a leak, made visible.
+Takes finished runs of methods that have the setting `selection` (which prompts of a pool are taken) or `context`
+(which images names look at). Test images come a task after another and sorted by class, as released code shows them, in
+batches of several sizes; and once in no order, all tasks together. Whoever votes among images of one class, or looks at
+them, learns from the batch which class it is likely to be: a leak, made visible.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from lamina.training.launch import tower_dtype
 
 OUT = Path(__file__).parent / "results" / "votes.json"
 SIZES = (1, 16, 128)
+SETTINGS = ("selection", "context")
 
 
 def ordered(task: Task, generator: np.random.Generator | None = None) -> Task:
@@ -51,9 +53,9 @@ def measured(folder: Path, data: Path | None) -> dict[str, Any]:
     backbone = load_backbone(run.backbone, dtype=tower_dtype(run.precision, fabric.device))
     spec = InputSpec(**backbone.pixels)
     stream: Stream = build_stream(run.stream, data, max_side=spec.max_side)
-    rows = []
+    setting, rows = next(name for name in SETTINGS if name in run.settings), []
     for selection in ("image", "batch"):
-        learner = method_class(run.method)(**{**run.settings, "selection": selection}).build(backbone.tower)
+        learner = method_class(run.method)(**{**run.settings, setting: selection}).build(backbone.tower)
         for task in stream:
             learner.model.begin_task(task)
         learner.model.load_state_dict(load_file(folder / "learned.safetensors"), strict=False)
@@ -67,8 +69,9 @@ def measured(folder: Path, data: Path | None) -> dict[str, Any]:
                     learner.model, tasks, lambda task, plain=feed.plain: plain(task.test), seed=0, reduce=summed(fabric)
                 )
                 rows.append({"choice": selection, "batch": size, "order": order, "accuracy": float(np.mean(found))})
-                print(run.method, run.settings.get("selection", "image"), rows[-1], flush=True)
-    return {"method": run.method, "trained": record.settings["selection"], "seed": run.seed, "rows": rows}
+                print(run.method, run.settings[setting], rows[-1], flush=True)
+    what = {"method": run.method, "stream": run.stream.name, "seed": run.seed}
+    return {**what, "trained": record.settings[setting], "rows": rows}
 
 
 def main() -> None:
@@ -78,7 +81,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     runs = [measured(folder, given.data) for folder in given.runs]
-    about = {"commit": commit(), "hardware": hardware(torch.device("cpu")), "stream": "tiny-odd-10"}
+    about = {"commit": commit(), "hardware": hardware(torch.device("cpu"))}
     write_whole(OUT, json.dumps({**about, "runs": runs}, indent=1) + "\n")
 
 
