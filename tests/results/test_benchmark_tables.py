@@ -223,7 +223,8 @@ def test_votes_have_a_line_for_each_run_and_a_column_for_each_way_to_choose(call
     _, text, _ = call(None, readme="<!-- table: votes -->\n<!-- /table -->\n")
     assert text == (
         "<!-- table: votes -->\n"
-        "| method | on | trained | each image for itself | 16 together, of a class and task | 16 together, in no order |\n"
+        "| method | on | trained | each image for itself | 16 together, of a class and task "
+        "| 16 together, in no order |\n"
         "|---|---|---|---:|---:|---:|\n"
         "| l2p | tiny-odd-4 | together | 25.0 | 75.0 | 12.5 |\n"
         "\n"
