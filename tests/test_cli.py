@@ -281,7 +281,7 @@ def test_a_run_writes_all_documented_fields_and_json_prints_the_same(finished):
     results = json.loads((folder / "results.json").read_text())
     assert json.loads(out) == results
     documented = Record.__doc__.partition("Attributes:")[2].partition("Raises:")[0]
-    assert len(results) == 28 and all(name in documented for name in results)
+    assert len(results) == 30 and all(name in documented for name in results)
     assert results["command"] == "lamina run nearest-mean " + " ".join(SMALL) + " --out done --json"
     assert (results["method"], results["stream"], results["seed"], results["order_seed"]) == (
         "nearest-mean", "digits", 0, 1993,

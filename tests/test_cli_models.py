@@ -176,7 +176,12 @@ def test_a_broken_image_is_one_row_and_the_rest_goes_on(shop, learned, tmp_path,
     assert [row["error"] or None for row in found] == [None, *reasons, None]
     assert found[0] == found[3]
     if form != "csv":
-        assert found[1] == dict.fromkeys(found[1]) | {"path": str(bad), "top": [], "error": reasons[0]}
+        assert found[1] == dict.fromkeys(found[1]) | {
+            "path": str(bad),
+            "top": [],
+            "uncertainty": {},
+            "error": reasons[0],
+        }
 
 
 def test_one_broken_image_is_said_in_the_singular(learned, tmp_path, command):
@@ -339,16 +344,16 @@ predictions.predict = watched
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux to tell the memory of a process")
-@pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [1500, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_memory_stays_flat_over_many_images(learned, tmp_path, count):
-    """Decoded for the backbone, 700 images would take 54 MB."""
+    """Decoded for the backbone, 1,200 images would take 92 MB; beside other processes memory goes up and down by 45."""
     folder = pictures(tmp_path / "many", ["ant"], count=1, size=(8, 8))
     for number in range(1, count):
         os.link(folder / "ant" / "0-0.png", folder / "ant" / f"{number}.png")
     process = Forked("predict", learned, folder, "--format", "jsonl", folder=tmp_path, first=MEASURED)
     code, out, errors = process.end()
     assert code == 0 and len(rows(out)) == count
-    assert float(errors[-1]) < 30  # MB
+    assert float(errors[-1]) < 60  # MB
 
 
 def test_new_looking_images_can_be_flagged_and_the_score_chosen(shop, learned, tmp_path, command):

@@ -19,7 +19,9 @@ ON_CLIP = {name for name in METHODS if "clip" in default_backbone(method_class(n
 TRAINED = [name for name in METHODS if "epochs" in method_class(name).model_fields and name not in ON_CLIP]
 
 #: one pass; strata makes none unless asked, and these two never
-QUICK = {"strata": [], "zero-shot": [], "nearest-mean": [], "ranpac": ["--set", "width=50"]}
+QUICK = {name: [] for name in ("nearest-mean", "strata", "strata-clip", "zero-shot")} | {
+    "ranpac": ["--set", "width=50"]
+}
 
 
 def test_some_methods_train_and_some_do_not():
