@@ -27,7 +27,8 @@ class Guidance(nn.Module):
         heads: of both attentions.
         hidden: channels between its last two matrices.
         dropout: of weights and of what is added to names, as long as the layer learns. The weight of a single image
-            is not dropped.
+            is not dropped, and what is dropped of a name is the same for all images of a step, as where they are
+            looked at together.
         context: what names look at: "image" lets each image be looked at by itself; "batch" all images of a batch
             together, so that a prediction depends on the others; "none" nothing.
     """
@@ -56,11 +57,28 @@ class Guidance(nn.Module):
         if self.context == "batch":
             return layer(inside.mean(0, keepdim=True), images[None], tgt_mask=apart)
         seen, _ = layer.self_attn(inside, inside, inside, attn_mask=apart, need_weights=False)
-        x = layer.norm1(inside + layer.dropout1(seen))
+        x, told = layer.norm1(inside + layer.dropout1(seen)), inside.new_zeros(1, inside.shape[-1])
         if self.context == "image":
-            x = x + layer.dropout2(self._told(images))[:, None]
-        x = layer.norm2(x)
-        return layer.norm3(x + layer.dropout3(layer.linear2(layer.dropout(layer.activation(layer.linear1(x))))))
+            told = layer.dropout2(self._told(images))
+        x, hidden = self._between(x, told)
+        hidden = layer.activation(hidden) * layer.dropout(torch.ones_like(hidden[:1]))
+        more = layer.linear2(hidden)
+        return layer.norm3(x + more * layer.dropout3(torch.ones_like(more[:1])))
+
+    def _between(self, names: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the second norm of names (1 or B, C, F) plus what images told them (B, F), and the first matrix of it.
+
+        A norm takes away a mean and divides by a number. So what the matrix makes of a sum is that of its two parts,
+        divided: C + B rows meet the matrix, not C * B.
+        """
+        norm, matrix = self.layer.norm2, self.layer.linear1
+        names, told = (part - part.mean(-1, keepdim=True) for part in (names, told))
+        squares = names.square().sum(-1) + told.square().sum(-1)[:, None] + 2 * (names @ told[..., None]).squeeze(-1)
+        scale = (squares.clamp_min(0) / names.shape[-1] + norm.eps).rsqrt()[..., None]
+        weight = matrix.weight * norm.weight
+        first = names @ weight.mT + (told @ weight.mT)[:, None]
+        bias = torch.addmv(matrix.bias, matrix.weight, norm.bias)
+        return (names + told[:, None]) * scale * norm.weight + norm.bias, torch.addcmul(bias, first, scale)
 
     def _told(self, images: Tensor) -> Tensor:
         """Return what looking at each of some images (B, F) alone brings, (B, F): its value, whoever looks."""
