@@ -12,16 +12,8 @@ from study import Study, Variant
 SEEDS = (0, 1, 2)
 #: whose images are encoded once
 KEPT = (
-    "zero-shot",
-    "strata-clip",
-    "coop",
-    "cocoop",
-    "clip-adapter",
-    "attriclip",
-    "bayes-prompt",
-    "proda",
-    "proof",
-    "clap",
+    *("zero-shot", "strata-clip", "clip-adapter", "proof", "coop", "proda", "attriclip", "bayes-prompt"),
+    *("clap", "cocoop"),
 )
 PROMPTED = ("clip-seq", "clip-nsp2", "clip-pgp", "maple")
 #: old images a class, where CLAP is compared
