@@ -148,15 +148,15 @@ def _limits(field: Any) -> str:
     words = {"ge": "{} or more", "gt": "above {}", "le": "{} or less", "lt": "below {}"}
     if bounds:
         return ", ".join(words[name].format(value) for name, value in bounds.items())
-    if field.annotation is bool:
-        return "true or false"
-    kinds = get_args(field.annotation) if get_origin(field.annotation) in (Literal, Union, UnionType) else ()
-    return " or ".join(map(_kind, kinds or (field.annotation,))).removesuffix(" or nothing")
+    return _kind(field.annotation).removesuffix(" or nothing")
 
 
 def _kind(value: Any) -> str:
     """Return a value that is allowed as it is typed, or a type as people call it."""
-    if get_origin(value) is list:
-        return f"list of {_kind(get_args(value)[0])}s"
-    names = {int: "whole number", float: "number", str: "text", type(None): "nothing"}
+    parts = get_args(value)
+    if get_origin(value) in (Literal, Union, UnionType):
+        return " or ".join(map(_kind, parts))
+    if get_origin(value) in (list, dict):
+        return f"list of {_kind(parts[0])}s" if get_origin(value) is list else f"table of {_kind(parts[1])}s by name"
+    names = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "nothing"}
     return names.get(value, str(value))

@@ -129,8 +129,8 @@ class Sureness(NamedTuple):
         probabilities: (B, C), float32.
         novelty: of each score (B,), float32: 0 is a typical known image, above 1 looks new; raw scores as
             long as no images were ever held out.
-        uncertainty: in nats (B,): the entropy of the probabilities; where the head draws, also its two parts, see
-            `uncertainty`.
+        uncertainty: in nats (B,): the entropy of the probabilities; where the head draws, also what `uncertainty` says
+            of its draws.
     """
 
     probabilities: Tensor
@@ -152,9 +152,9 @@ def sureness(
         scale = confidence.scale(name)
         novelty[name] = values if scale is None else (values - scale[0]) / (scale[1] - scale[0])
     scaled = logits / confidence.temperature
-    drawn = scaled[None] if draws is None else draws.float() / confidence.temperature
-    unsure = uncertainty(drawn)
-    return Sureness(scaled.softmax(-1), novelty, {"entropy": unsure["entropy"]} if draws is None else unsure)
+    probabilities = scaled.softmax(-1)
+    of_draws = {} if draws is None else uncertainty(draws.float() / confidence.temperature)
+    return Sureness(probabilities, novelty, {"entropy": entropy(probabilities), **of_draws})
 
 
 def raw_scores(logits: Tensor, features: Tensor, gaussians: Gaussians, unit: float) -> dict[str, Tensor]:
@@ -211,22 +211,28 @@ def fitted_temperature(logits: Tensor, labels: Tensor) -> float:
     return spread * math.exp(float(found.x))
 
 
-def uncertainty(logits: Tensor) -> dict[str, Tensor]:
-    """Return how uncertain predictions are, and why, from logits (S, B, C) of single draws; (B,) each, in nats.
+def entropy(probabilities: Tensor) -> Tensor:
+    """Return the entropy (...), in nats, of probabilities (..., C)."""
+    return torch.special.entr(probabilities).sum(-1)
 
-    The entropy of the mean prediction is the sum of two parts: the mean entropy of draws, which more images of the
-    kind would not change, and the mutual information, what draws disagree on, which they would.
+
+def uncertainty(logits: Tensor) -> dict[str, Tensor]:
+    """Return how uncertain draws are, and why, from logits (S, B, C) of single draws; (B,) each, in nats.
+
+    The entropy of their mean prediction is the sum of two parts: the mean entropy of draws, which more images of the
+    kind would not change, and the mutual information, what draws disagree on, which they would. A prediction that
+    averages logits is surer than the mean of predictions.
 
     >>> two = torch.tensor([[[0.0, 100.0]], [[100.0, 0.0]]])
     >>> {name: round(float(value), 4) for name, value in uncertainty(two).items()}
-    {'entropy': 0.6931, 'expected_entropy': 0.0, 'mutual_information': 0.6931}
+    {'entropy_of_draws': 0.6931, 'expected_entropy': 0.0, 'mutual_information': 0.6931}
     """
     each = logits.double().log_softmax(-1)
     mean = each.logsumexp(0) - math.log(len(logits))
-    entropy = torch.special.entr(mean.exp()).sum(-1)
-    expected = torch.special.entr(each.exp()).sum(-1).mean(0)
+    whole = entropy(mean.exp())
+    expected = entropy(each.exp()).mean(0)
     return {
-        "entropy": entropy,
+        "entropy_of_draws": whole,
         "expected_entropy": expected,
-        "mutual_information": (entropy - expected).clamp_min(0),
+        "mutual_information": (whole - expected).clamp_min(0),
     }

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lamina.audit import Lesson, now
 from lamina.backbones.load import load_backbone
-from lamina.confidence import Confidence, Sureness, gaussians, learn_confidence, sureness
+from lamina.confidence import Confidence, Sureness, entropy, gaussians, learn_confidence, sureness
 from lamina.config import read_toml
 from lamina.data.material import GONE, Material
 from lamina.data.stream import Stream, Task
@@ -212,7 +212,7 @@ class ContinualModel:
         """Return probabilities, novelty and uncertainty of images (B, 3, size, size), uint8, as `plain` makes them.
 
         Args:
-            head: from `Head.preview`, for probabilities over further classes, too; all else is as without them.
+            head: from `Head.preview`, for probabilities over further classes, too; novelty and draws are as without.
 
         Raises:
             ConfigError: when nothing was learned yet.
@@ -224,7 +224,8 @@ class ContinualModel:
         said = sureness(logits, features, self._gaussians, self.confidence, draws)
         if head is not None:
             wider = averaged(Output(head.eval()(features).logits, {})).float() / self.confidence.temperature
-            said = said._replace(probabilities=wider.softmax(-1))
+            shares = wider.softmax(-1)
+            said = Sureness(shares, said.novelty, {**said.uncertainty, "entropy": entropy(shares)})
         novelty, unsure = ({name: part.cpu() for name, part in parts.items()} for parts in said[1:])
         return Sureness(said.probabilities.cpu(), novelty, unsure)
 

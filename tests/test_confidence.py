@@ -334,7 +334,7 @@ def test_uncertainty_is_what_a_loop_over_draws_images_and_classes_finds():
         return -sum(part * math.log(part) for part in parts)
 
     found = uncertainty(logits)
-    assert list(found) == ["entropy", "expected_entropy", "mutual_information"]
+    assert list(found) == ["entropy_of_draws", "expected_entropy", "mutual_information"]
     for image in range(3):
         draws = [[math.exp(v) / sum(map(math.exp, row)) for v in row] for row in logits[:, image].tolist()]
         whole = entropy([sum(draw[c] for draw in draws) / 6 for c in range(4)])
@@ -349,7 +349,7 @@ def test_draws_that_agree_have_no_mutual_information_and_classes_that_cannot_be_
     for said in (uncertainty(one), uncertainty(one.expand(6, -1, -1))):
         assert said["mutual_information"].tolist() == pytest.approx([0] * 3, abs=1e-12)
         assert said["mutual_information"].min() >= 0
-    assert uncertainty(torch.zeros(6, 1, 4))["entropy"].item() == pytest.approx(math.log(4))
+    assert uncertainty(torch.zeros(6, 1, 4))["entropy_of_draws"].item() == pytest.approx(math.log(4))
     masked = torch.cat([torch.randn(6, 3, 4), torch.full((6, 3, 2), -torch.inf)], -1)
     for name, value in uncertainty(masked).items():
         torch.testing.assert_close(value, uncertainty(masked[..., :4])[name])

@@ -1,6 +1,7 @@
 """A kept model that reads names: what it reads is told, can be said otherwise, and further names can be asked."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -117,10 +118,41 @@ def test_a_model_that_draws_says_why_it_is_uncertain(tiny, folder, tmp_path, com
     assert len(rows) == 15
     for said in rows:
         parts = said["expected_entropy"] + said["mutual_information"]
-        assert said["entropy"] == pytest.approx(parts, abs=1e-6) and said["mutual_information"] > 0
+        assert said["entropy_of_draws"] == pytest.approx(parts, abs=1e-6)
+        assert said["entropy"] > 0 and said["mutual_information"] > 0
     alone = [json.loads(command("predict", path, line, "--format", "jsonl")[1])["uncertainty"]
              for line in sorted(map(str, (folder / "emu").iterdir()))[:2]]  # fmt: skip
     assert alone == [pytest.approx(said, rel=1e-4) for said in rows[:2]]  # draws are the same, whoever is beside
+
+
+def test_names_that_are_asked_beside_count_in_the_entropy_and_known_ones_are_said(tiny, folder, tmp_path, command):
+    path = tmp_path / "m.lamina"
+    assert command("learn", path, folder, "--method", "zero-shot", "--backbone", tiny)[0] == 0
+    words = ["predict", path, folder / "emu" / "0-0.png", "--format", "jsonl", "--top", "9", "--also"]
+    code, out, errors = command(*words, "yak,emu,yak")
+    said = json.loads(out)
+    shares = [each["probability"] for each in said["top"]]
+    assert (
+        code == 0
+        and len(shares) == 4
+        and errors == ["'emu' of --also is a class that the model has learned; it is in the choice already"]
+    )
+    assert said["uncertainty"]["entropy"] == pytest.approx(-sum(p * math.log(p) for p in shares), abs=1e-4)
+    assert command(*words, " ,")[::2] == (2, ["lamina: --also takes names with commas between them; got ' ,'"])
+
+
+def test_a_description_of_a_class_that_is_not_there_is_said(tiny, folder, tmp_path, command):
+    (tmp_path / "names.toml").write_text('n0144 = "gold_fish"\nn0145 = "tench"\n')
+    words = ["--method", "zero-shot", "--backbone", tiny, "--names", tmp_path / "names.toml"]
+    _, _, errors = command("learn", tmp_path / "m.lamina", folder, *words)
+    assert errors[-1] == f"{tmp_path / 'names.toml'} says what 'n0145' is, and no class is called so yet"
+
+
+def test_classes_that_differ_in_capitals_alone_are_called_the_same(tiny, tmp_path, command):
+    folder = pictures(tmp_path / "c", ["Red_car", "red car"], count=3)
+    code, _, errors = command("learn", tmp_path / "m.lamina", folder, "--method", "zero-shot", "--backbone", tiny)
+    assert code == 2 and "classes 'Red_car' and 'red car' are both called 'red car'" in errors[0]
+    assert not (tmp_path / "m.lamina").exists()
 
 
 def test_a_file_without_one_of_its_encoders_is_refused(tiny, folder, tmp_path, command):

@@ -18,8 +18,9 @@ from lamina.cli.shared import Json, app, note, print_table, progress_of, stoppab
 from lamina.cli.told import images, lesson_lines, percent, print_inspected, usual_line
 from lamina.errors import ConfigError, LaminaError
 
-#: of a prediction: its entropy, what more images of the kind would not change of it, and what they would
-_UNSURE = ("entropy", "expected_entropy", "mutual_information")
+#: of a prediction: its entropy; that of the mean of draws, what more images of the kind would not change of it, and
+#: what they would
+_UNSURE = ("entropy", "entropy_of_draws", "expected_entropy", "mutual_information")
 
 #: what `predict` says at the end when some images could not be read
 SOME_BROKEN = 3
@@ -66,7 +67,8 @@ def learn(
         str | None, typer.Option(help="For CLIP: what is said of a class, for example 'a sketch of a {}.'; or a set.")
     ] = None,
     names: Annotated[
-        Path | None, typer.Option(help='For CLIP: a TOML file of what classes are, n01443537 = "goldfish".')
+        Path | None,
+        typer.Option(help='For CLIP: a TOML file of what classes are, n01443537 = "goldfish".'),
     ] = None,
     name: Annotated[str | None, typer.Option(help='What to call this lesson, for example "spring 2026".')] = None,
     existing: Annotated[
@@ -111,6 +113,8 @@ def learn(
             progress=watch() if watch is not None else None,
             should_stop=should_stop,
         )
+    for unknown in [key for key in given.get("names", {}) if key not in done.file.classes] if names is not None else ():
+        note(f"{names} says what {unknown!r} is, and no class is called so yet")
     if as_json:
         said = {"model": str(model), "checksum": done.file.checksum, "texts": done.texts, "lessons_left": done.left}
         print(json.dumps(said | done.lesson.model_dump()))
@@ -154,7 +158,11 @@ def predict(
     kept = ContinualModel.load(model, precision=precision)  # type: ignore[arg-type]  # checked where it is used
     if flag_novel and kept.confidence.scale(novelty.value) is None:
         raise ConfigError(f"{model} never had images held out, so nothing says what is new; learn with --holdout 0.1")
-    further = [part.strip() for part in (also or "").split(",") if part.strip()]
+    further = list(dict.fromkeys(part.strip() for part in (also or "").split(",") if part.strip()))
+    if also is not None and not further:
+        raise ConfigError(f"--also takes names with commas between them; got {also!r}")
+    for known in [name for name in further if name in kept.classes]:
+        note(f"{known!r} of --also is a class that the model has learned; it is in the choice already")
     found = predictions(kept, paths, sys.stdin, top=top, batch=batch, score=novelty.value, also=further)
     broken = 0
 

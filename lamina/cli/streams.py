@@ -132,14 +132,14 @@ def report(
     """Draw one page that compares runs; it opens offline."""
     from lamina.results.records import find_records
     from lamina.results.report import write_report
-    from lamina.results.tables import COLUMNS, headline
+    from lamina.results.tables import headline, usual_columns
     from lamina.runs import unfinished
 
     records = find_records(folders)
     for folder in unfinished(folders):
         note(f"left out, not finished: {folder}; go on with `lamina resume {folder}`")
-    wanted = COLUMNS if columns is None else [name.strip() for name in columns.split(",")]
-    headline(records, wanted)  # so that a wrong column is found before anything is written
+    wanted = None if columns is None else [name.strip() for name in columns.split(",")]
+    headline(records, wanted or usual_columns(records))  # so that a wrong column is found before anything is written
     page = out or (folders[0] if folders[0].is_dir() else folders[0].parent) / "report.html"
     write_report(records, page)
     _show(records, as_json, page, wanted)
@@ -151,12 +151,12 @@ def _show(records: list[Any], as_json: bool, place: Path, columns: Sequence[str]
         values = [record.as_dict() for record in records]
         print(json.dumps(values[0] if len(values) == 1 else values))
         return
-    from lamina.results.tables import COLUMNS, by_part, headline, protocol_line
+    from lamina.results.tables import by_part, headline, protocol_line, usual_columns
 
     streams = list(dict.fromkeys(record.stream for record in records))
     for stream in streams:
         own = [record for record in records if record.stream == stream]
-        print_table(headline(own, columns or COLUMNS), title=stream if len(streams) > 1 else None)
+        print_table(headline(own, columns or usual_columns(own)), title=stream if len(streams) > 1 else None)
         if each := by_part(own):
             print_table(each, title="accuracy over test images, of all data sets and of each")
         for line in dict.fromkeys(protocol_line(record) for record in own):

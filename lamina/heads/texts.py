@@ -73,15 +73,15 @@ class ClassTexts(nn.Module):
     def take_up(self, classes: Mapping[int, str]) -> None:
         """Write the texts of new classes, by column."""
         new = [classes[column] for column in sorted(classes)]
-        said = {spoken(name, self.names): name for name in self.classes}
+        said = {spoken(name, self.names).lower(): name for name in self.classes}  # tokenizers do not tell cases apart
         for name in new:
             text = spoken(name, self.names)
-            if text in said:
+            if other := said.get(text.lower()):
                 raise DataError(
-                    f"classes {printable(said[text])!r} and {printable(name)!r} are both called {printable(text)!r}, "
+                    f"classes {printable(other)!r} and {printable(name)!r} are both called {printable(text)!r}, "
                     "so a text tower cannot tell them apart; rename one, or say what it is with names={...}"
                 )
-            said[text] = name
+            said[text.lower()] = name
         if new:
             self.write([spoken(name, self.names) for name in new])
             self.classes = [*self.classes, *new]

@@ -71,13 +71,14 @@ def diagrams(named: Sequence[tuple[Record, str]]) -> str:
     return (
         "<h3>Is it as sure as it is right?</h3>"
         '<p class="say">Test images of all tasks after the last one, by the probability of the answer. Where bars end '
-        "on the dashed line, the probability can be taken at its word; below it, the model is too sure.</p>"
+        "on the dashed line, the probability can be taken at its word; below it, the model is too sure. The mean of "
+        "single batches' errors, which some released code reports, is large for small batches in any case.</p>"
         f'<div class="maps" style="--least:22rem">{"".join(maps)}</div>'
     )
 
 
 def _errors(record: Record) -> str:
-    said = {"expected error (ECE)": "ece", "mean error of batches": "ece_batch_mean"}
+    said = {"expected error (ECE)": "ece", "mean of single batches' errors": "ece_batch_mean"}
     return facts_list({title: f"{percent_or_dash(record.metrics.get(name))} %" for title, name in said.items()})
 
 

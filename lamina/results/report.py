@@ -36,6 +36,8 @@ _HEADLINE = {
     "bwt": "Backward transfer",
     "accuracy_task_aware": "Task-aware accuracy",
 }
+#: where some run measured them
+_BESIDES = {"transfer": "Transfer to tasks to come", "ece": "Calibration error", "novel_auroc": "New classes, AUROC"}
 
 
 def write_report(records: Sequence[Record], path: Path) -> None:
@@ -135,25 +137,27 @@ def _protocol(rows: Sequence[Row]) -> str:
 
 
 def _headline(rows: Sequence[Row]) -> str:
-    head = ["Method", *_HEADLINE.values()]
-    parts = ['<p class="say">In percent. Forgetting is better when lower, the others when higher.</p>']
     records = [record for row in rows for record in row.records]
+    more = {n: title for n, title in _BESIDES.items() if any(run.metrics.get(n) is not None for run in records)}
+    shown = _HEADLINE | more
+    lower = "Forgetting and calibration error are" if "ece" in more else "Forgetting is"
+    parts = [f'<p class="say">In percent. {lower} better when lower, the others when higher.</p>']
     if any(len(row.records) > 1 for row in rows):
         body = []
         for row in rows:
-            values = [row.spreads[name] for name in _HEADLINE]
+            values = [row.spreads[name] for name in shown]
             cells = ["–" if value is None else minus(str(value)) for value in values]
             body.append([_row_name(row), str(len(row.records)), *cells])
-        parts.append(html_table(["Method", "Runs", *_HEADLINE.values()], body, lead=2))
+        parts.append(html_table(["Method", "Runs", *shown.values()], body, lead=2))
         said = "Above, mean ± sample standard deviation over seeds. Below, the single runs."
         parts.append(f'<p class="say after">{said}</p>')
     body = []
     for row in rows:
         for record in row.records:
-            cells = [percent_or_dash(record.metrics[name]) for name in _HEADLINE]
+            cells = [percent_or_dash(record.metrics.get(name)) for name in shown]
             order = "–" if record.order_seed is None else str(record.order_seed)
             body.append([_row_name(row), str(record.seed), order, *cells])
-    runs = html_table([head[0], "Seed", "Order", *head[1:]], body, lead=3)
+    runs = html_table(["Method", "Seed", "Order", *shown.values()], body, lead=3)
     if len(records) > 12:
         runs = f"<details><summary>{counted(len(records), 'single run')}</summary>{runs}</details>"
     return "".join([*parts, runs])

@@ -188,6 +188,13 @@ def headline(records: Sequence[Record], columns: Sequence[str] = COLUMNS) -> lis
     return [dict(zip(head, line, strict=True)) for line in body]
 
 
+def usual_columns(records: Sequence[Record]) -> list[str]:
+    """Return the columns to show where none are asked for: the usual ones, and what some runs measured besides."""
+    measured = {"transfer": ("transfer", "ece"), "novel_auroc": ("novel_auroc",)}
+    more = [names for name, names in measured.items() if any(run.metrics.get(name) is not None for run in records)]
+    return [*COLUMNS, *(name for names in more for name in names)]
+
+
 def by_part(records: Sequence[Record]) -> list[dict[str, str]]:
     """Return the rows of a table of accuracies over test images: of all data sets together, then of each.
 
