@@ -90,7 +90,7 @@ STUDIES = {
     ),
     "pools": ("accuracy", "task-aware", "forgetting", "training", "evaluation", "memory", "learned", "stored"),
 }
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("null-space", "prompt-pools", "clip")))
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("null-space", "prompt-pools", "clip", "clap")))
 
 
 def table(records: Sequence[Record], columns: Sequence[str]) -> str:
@@ -113,7 +113,7 @@ def table(records: Sequence[Record], columns: Sequence[str]) -> str:
 
 
 def experiment(values: Mapping[str, Any], name: str, columns: Sequence[str], more: Sequence[Record] = ()) -> str:
-    """Return the Markdown table of one experiment: a row for each variant, run or not yet run.
+    """Return the Markdown table of one experiment: a row for each variant; below it, which have no run yet.
 
     Args:
         values: what a `Study` wrote.
@@ -127,16 +127,20 @@ def experiment(values: Mapping[str, Any], name: str, columns: Sequence[str], mor
         f"| variant | {' | '.join(CELLS[column].title for column in columns)} | n |",
         f"|---|{'---:|' * len(columns)}---:|",
     ]
-    used = []
+    used, waiting = [], []
     for row in values["experiments"][name]:
         runs = {record.seed: record for record in records if _is_run_of(record, row)}
+        if not runs:
+            waiting.append(row["name"])
+            continue
         used += runs.values()
         cells = []
         for column in columns:
             found = [value for run in runs.values() if (value := CELLS[column].value(run)) is not None]
-            cells.append(CELLS[column].show(found) if found else "–" if runs else "not yet run")
+            cells.append(CELLS[column].show(found) if found else "–")
         lines.append(f"| {row['name']} | {' | '.join(cells)} | {len(runs)} |")
-    return "\n".join(lines) + "\n" + (f"\n{caption(used)}\n" if used else "")
+    below = [f"Not yet run: {', '.join(waiting)}."] * bool(waiting) + [caption(used)] * bool(used)
+    return "\n\n".join(["\n".join(lines)] * bool(used) + below) + "\n"
 
 
 def _is_run_of(record: Record, row: Mapping[str, Any]) -> bool:

@@ -129,7 +129,7 @@ def test_a_variant_is_averaged_over_its_own_runs_and_one_not_yet_run_says_so(cal
         in text
     )
     assert "| all | 36.0 ± 1.4 | 32.0 ± 1.9 | 60.0 ± 0.0 | 10.0 ± 0.0 | 3.7 ± 0.0 | 2 |" in text
-    assert "| none | not yet run | not yet run | not yet run | not yet run | not yet run | 0 |" in text
+    assert "| none |" not in text and "\n\nNot yet run: none.\n\nMean ±" in text
 
 
 def test_runs_of_another_stream_or_protocol_are_not_those_of_a_variant(call, make_record, tmp_path):
@@ -145,10 +145,11 @@ def test_runs_of_another_stream_or_protocol_are_not_those_of_a_variant(call, mak
     def lines(*records):
         (tmp_path / "null-space.json").write_text(json.dumps({"experiments": {"parts": rows}, "records": records}))
         _, text, _ = call(None, readme="<!-- table: null-space/parts -->\n<!-- /table -->\n")
-        return {line.split(" | ")[0].strip("| "): line.rstrip(" |")[-1] for line in text.splitlines()[3:6]}
+        row, _, waiting = text.splitlines()[3:6]
+        return row.split(" | ")[0].strip("| "), row.rstrip(" |")[-1], waiting
 
-    assert lines(run) == {"here": "1", "elsewhere": "0", "online": "0"}
-    assert lines(online) == {"here": "0", "elsewhere": "0", "online": "1"}
+    assert lines(run) == ("here", "1", "Not yet run: elsewhere, online.")
+    assert lines(online) == ("online", "1", "Not yet run: here, elsewhere.")
 
 
 def test_a_run_from_before_a_setting_was_there_is_one_with_its_default(call, make_record, tmp_path):
@@ -162,14 +163,14 @@ def test_a_run_from_before_a_setting_was_there_is_one_with_its_default(call, mak
     values = {"experiments": {"parts": rows}, "records": [run.as_dict()]}
     (tmp_path / "null-space.json").write_text(json.dumps(values))
     _, text, _ = call(None, readme="<!-- table: null-space/parts -->\n<!-- /table -->\n")
-    assert [line.rstrip(" |")[-1] for line in text.splitlines()[3:6]] == ["1", "0", "0"]
+    assert text.splitlines()[3].endswith("| 1 |") and "\nNot yet run: other, shorter.\n" in text
 
 
 def test_a_study_takes_runs_from_other_files_that_it_names(call, make_record, tmp_path):
     run = make_record(MATRIX, settings={"eta": 1})
     rows = [{"name": "here", "method": "vpt-nsp2", "settings": {"eta": 1}, "seeds": [run.seed], **HERE}]
     (tmp_path / "other.json").write_text(json.dumps({"records": [run.as_dict()]}))
-    for also, expected in (["other"], "| here | 35.0 |"), ([], "| here | not yet run |"):
+    for also, expected in (["other"], "| here | 35.0 |"), ([], "-->\nNot yet run: here.\n<!--"):
         values = {"also": also, "experiments": {"parts": rows}, "records": []}
         (tmp_path / "null-space.json").write_text(json.dumps(values))
         _, text, _ = call(None, readme="<!-- table: null-space/parts -->\n<!-- /table -->\n")
