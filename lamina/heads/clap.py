@@ -18,9 +18,8 @@ from lamina.heads.base import Scores
 from lamina.heads.bayes import mixture
 from lamina.heads.encoders import Encoders, Start, divergence
 from lamina.heads.guidance import Guidance, apart
-from lamina.heads.proof import EachText
 from lamina.heads.text import TextHead
-from lamina.heads.texts import ClassTexts
+from lamina.heads.texts import ClassTexts, EachText
 from lamina.seeds import generator_at
 
 MonteCarlo = Literal["sample", "mean"]

@@ -19,17 +19,10 @@ from lamina.data.stream import places
 from lamina.heads.base import Scores
 from lamina.heads.moments import ClassStatistics
 from lamina.heads.text import TextHead
-from lamina.heads.texts import HandTexts
+from lamina.heads.texts import EachText
 from lamina.lookback import Reduce
 
 Reduced = Literal["image", "batch_mean"]
-
-
-class EachText(HandTexts):
-    """Features of every template by itself, (C, templates, F), each of length 1."""
-
-    def encode(self, columns: Sequence[int]) -> Tensor:
-        return self.encode_each(columns)
 
 
 class SummedLinear(nn.Module):

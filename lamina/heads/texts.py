@@ -193,6 +193,13 @@ class HandTexts(ClassTexts):
         return features.unflatten(0, (len(columns), len(self.templates)))
 
 
+class EachText(HandTexts):
+    """Features of every template by itself, (C, templates, F), each of length 1."""
+
+    def encode(self, columns: Sequence[int]) -> Tensor:
+        return self.encode_each(columns)
+
+
 class ContextTexts(ClassTexts):
     """Learned words before, around or behind the name of a class (CoOp).
 

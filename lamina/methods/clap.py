@@ -31,9 +31,8 @@ from lamina.heads.clap import Anchored, Average, ClapHead, MonteCarlo
 from lamina.heads.clap_texts import Text, kind_of
 from lamina.heads.encoders import Encoders, Start
 from lamina.heads.guidance import Context, Guidance
-from lamina.heads.proof import EachText
 from lamina.heads.templates import templates_of
-from lamina.heads.texts import text_side
+from lamina.heads.texts import EachText, text_side
 from lamina.learner import Learner, Phase, all_but
 from lamina.methods.by_name import ByName
 from lamina.model import PromptedModel

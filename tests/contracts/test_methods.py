@@ -28,13 +28,13 @@ CHEAP |= {"contexts": 4, "balance": 1}
 BRIEF = {"epochs": 1, "batch_size": 9, "refine_epochs": 1}
 #: published rates are for a text tower that was trained; one that was not hears little of learned words
 FAST = {name: {"lr": 0.1, "momentum": 0.9} for name in ("attriclip", "proda")} | {"clip-adapter": {"lr": 0.01}}
-FAST |= {"maple": {"lr": 0.03}, "clap": {"lr": 0.03, "mc": "mean"}}
+FAST |= {"maple": {"lr": 0.03}, "clap": {"lr": 0.01, "mc": "mean"}}
 FAST |= {"clip-nsp2": {"lr": 0.01}, "clip-pgp": {"first_lr": 0.1}}
 #: are clearly better than chance after half the epochs
 QUICK = "bayes-prompt clip-nsp2 clip-pgp cocoop cprompt dualprompt dualprompt-pgp joint l2p l2p-nsp2 l2p-pgp l2p-pp"
 QUICK = {*QUICK.split(), "linear-probe", "strata", "vpt-deep", "vpt-nsp2", "vpt-nsp2-exact", "vpt-pgp"}
-#: by how much of the spread of logits bf16 may move them where that is more than 4 %
-LOOSE = {"clip-nsp2": 0.06, "clip-seq": 0.1, "cocoop": 0.1, "proof": 0.06}
+#: by how much of the spread of logits bf16 may move them where that is not 4 %
+LOOSE = {"clap": 0.02, "clap-nsp2": 0.02, "clip-nsp2": 0.06, "clip-seq": 0.1, "cocoop": 0.1, "proof": 0.06}
 TASKS, PER_TASK = 2, 3
 
 every_method = pytest.mark.parametrize("name", method_names())

@@ -15,8 +15,7 @@ from lamina.heads.attributes import AttributeTexts
 from lamina.heads.clap import ClapHead, anchor
 from lamina.heads.encoders import Encoders
 from lamina.heads.guidance import Guidance
-from lamina.heads.proof import EachText
-from lamina.heads.texts import ContextTexts
+from lamina.heads.texts import ContextTexts, EachText
 from lamina.learner import Phase
 from lamina.training.objective import classify
 from tests.backbones.clips import clip, close, tokenizer
