@@ -39,8 +39,6 @@ class Phase:
         data: whose images it takes: the task's, those and what the learner's memory keeps of earlier tasks, or all that
             the memory keeps. After the look back, that has images of the finished task; before anything is kept, a
             phase on it takes no step.
-        most_steps: after so many steps the phase is over, whatever its epochs; schedules go by what is taken. None
-            sets no limit.
 
     Raises:
         ConfigError: when old images are asked for where only the task's classes compete, or beside draws.
@@ -57,7 +55,6 @@ class Phase:
     parameters: Callable[[PromptedModel], Sequence[nn.Parameter]] | None = None
     clip_norm: float | None = None
     data: Literal["task", "task+memory", "memory"] = "task"
-    most_steps: int | None = None
 
     def __post_init__(self) -> None:
         if self.data != "task" and self.draws:

@@ -163,9 +163,13 @@ class ClapHead(TextHead):
             noise = None if spread is None else self.noise(features.device)
             terms = {**self.texts.terms(features), **self.regularised(mean, spread, noise)}
             return Scores(self.scored(features, around + mean, spread, noise), terms, self.texts.choose(features))
-        few = len(features) if self.transductive else max(1, TOGETHER // len(self.texts.classes))
-        logits = torch.cat([self.predicted(some) for some in features.split(few)])
+        logits = torch.cat([self.predicted(some) for some in self._few(features)])
         return Scores(logits, chosen=self.texts.choose(features))
+
+    def _few(self, features: Tensor) -> Sequence[Tensor]:
+        """Part images so that memory is bounded; not where they look at one another."""
+        few = len(features) if self.transductive else max(1, TOGETHER // len(self.texts.classes))
+        return features.split(few)
 
     def scored(self, features: Tensor, centre: Tensor, spread: Tensor | None, noise: Tensor | None) -> Tensor:
         """Return logits (S, B, C) of images for class features centre + spread * noise; (B, C) without a spread.
@@ -195,10 +199,13 @@ class ClapHead(TextHead):
         return self.scored(features, around + mean, spread, noise.mean(0, keepdim=True))[0]
 
     def samples_of(self, features: Tensor) -> Tensor | None:
-        around, mean, spread = self.gaussians(features)
-        if spread is None:
+        if not self.sampling:
             return None
-        return self.scored(features, around + mean, spread, self.noise(features.device))
+        parts = []
+        for some in self._few(features):
+            around, mean, spread = self.gaussians(some)
+            parts.append(self.scored(some, around + mean, spread, self.noise(features.device)))
+        return torch.cat(parts, dim=1)
 
     # ── losses ─────────────────────────────────────────────────────────────────────────────────────
 

@@ -259,8 +259,6 @@ class Trainer(RunState):
         model = self.learner.model
         if self.online and not phase.draws:
             phase = replace(phase, epochs=1, repeat=1)
-        if self.most_steps is not None:
-            phase = replace(phase, most_steps=self.most_steps)
         task = taking(phase, task, self.learner.memory, self.met)
         if len(task.train) or phase.data != "memory":  # nothing may be kept yet
             with only(phase.parameters(model), model) if phase.parameters is not None else nullcontext():
@@ -286,8 +284,8 @@ class Trainer(RunState):
             total = self.feed.steps(task.train, phase)
             source = self.feed.train(task, number, phase, first)
         images *= phase.epochs
-        if phase.most_steps is not None and phase.most_steps < total:
-            images, total = phase.most_steps * phase.batch_size, phase.most_steps
+        if self.most_steps is not None and self.most_steps < total:
+            images, total = self.most_steps * phase.batch_size, self.most_steps
         model.train()
         with ExitStack() as guards, self._stretch("train", task.index, tasks, images) as watch:
             self.progress.skip(min(first * phase.batch_size, images))
