@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lamina.backbones.tower import Probe
+from lamina.backbones.splice import Probe
 
 #: sums a tensor over all processes
 Reduce = Callable[[Tensor], Tensor]

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lamina.backbones.tower import Encoded, PromptPass, Tap, Tower
+from lamina.backbones.splice import Encoded, PromptPass, Tap
+from lamina.backbones.tower import Tower
 from lamina.data.stream import Task
 from lamina.errors import ConfigError
 from lamina.heads.base import Head

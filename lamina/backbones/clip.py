@@ -15,6 +15,7 @@ import torch
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
+from lamina.backbones.block import BlockView
 from lamina.backbones.clip_blocks import (
     ClipBlock,
     check_blocks,
@@ -24,7 +25,7 @@ from lamina.backbones.clip_blocks import (
 )
 from lamina.backbones.clip_text import TextTower
 from lamina.backbones.timm_vit import full_name, normalised
-from lamina.backbones.tower import BlockView, Tower
+from lamina.backbones.tower import Tower
 from lamina.errors import ShapeError, UnsupportedBackbone
 
 

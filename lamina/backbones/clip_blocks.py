@@ -67,9 +67,11 @@ class ClipBlock(nn.Module):
         k, v = split_heads(some_rows(self.joint, h, slice(self.inner, None)), 2, self.heads).unbind(0)
         return k, v
 
-    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
-        x = x + self.scales[0](self.out(mixed.transpose(1, 2).flatten(2)))
-        return x + self.scales[1](self.narrow(self.activation(self.widen(normalised(self.norms[1], x)))))
+    def attended(self, x: Tensor, mixed: Tensor) -> Tensor:
+        return x + self.scales[0](self.out(mixed.transpose(1, 2).flatten(2)))
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.scales[1](self.narrow(self.activation(self.widen(normalised(self.norms[1], x)))))
 
 
 def check_blocks(side: str, blocks: nn.ModuleList) -> None:

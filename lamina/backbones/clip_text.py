@@ -17,6 +17,7 @@ from open_clip import CLIP
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
+from lamina.backbones.block import BlockView
 from lamina.backbones.clip_blocks import (
     ClipBlock,
     check_blocks,
@@ -25,8 +26,9 @@ from lamina.backbones.clip_blocks import (
     fingerprint_of,
     projected,
 )
+from lamina.backbones.splice import Probe, PromptPass, Splice
 from lamina.backbones.timm_vit import full_name, normalised
-from lamina.backbones.tower import BlockView, Probe, PromptPass, Splice, Tower
+from lamina.backbones.tower import Tower
 from lamina.errors import ConfigError, ShapeError, UnsupportedBackbone
 
 

@@ -13,8 +13,9 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lamina.backbones.block import BlockView
 from lamina.backbones.packed import FrozenLinear, linear
-from lamina.backbones.tower import BlockView, Tower
+from lamina.backbones.tower import Tower
 from lamina.errors import UnsupportedBackbone
 
 
@@ -53,10 +54,12 @@ class _TimmBlock:
         k, v = split_heads(some_rows(self.attention.qkv, h, slice(self.inner, None)), 2, self.heads).unbind(0)
         return self.attention.k_norm(k), v
 
-    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+    def attended(self, x: Tensor, mixed: Tensor) -> Tensor:
         a = self.attention
-        x = x + self.block.ls1(a.proj(a.norm(mixed.transpose(1, 2).flatten(2))))
-        return x + self.block.ls2(self.block.mlp(normalised(self.block.norm2, x)))
+        return x + self.block.ls1(a.proj(a.norm(mixed.transpose(1, 2).flatten(2))))
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.block.ls2(self.block.mlp(normalised(self.block.norm2, x)))
 
 
 def some_rows(layer: Any, h: Tensor, rows: slice) -> Tensor:

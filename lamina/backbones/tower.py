@@ -12,141 +12,17 @@ A *column* is a class's place in the head, in order of arrival. An accuracy is a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lamina.backbones.attention import attend, attention_weights
+from lamina.backbones.block import BlockView, run_block, take
+from lamina.backbones.splice import Encoded, PromptPass, Splice, Tap
 from lamina.errors import ShapeError
 
 if TYPE_CHECKING:
     from lamina.backbones.clip import TextSide
-
-
-@dataclass(frozen=True)
-class Splice:
-    """What a prompt module asks of one block.
-
-    Attributes:
-        tokens: (B, M, D). Contents of the prompt slots on entry to this block. They travel with the
-            sequence and come back at the next block as `carried`.
-        context: (M, D), one for the whole batch, or (B, M, D). Tokens that this block may look at and
-            that leave no trace: they are normalised and projected to keys and values, never to
-            queries. A context of the whole batch is projected once, whatever the number of images.
-        context_normed: the context is already in the space after the block's first norm; leave it so.
-        prefix: two (M, D) or (B, M, D). Rows appended to the keys and values after their projection.
-        temperature: () or (H, 1, 1). Divides the attention logits.
-        frozen_only: hide `context` and `prefix` from the prompt slots.
-    """
-
-    tokens: Tensor | None = None
-    context: Tensor | None = None
-    context_normed: bool = False
-    prefix: tuple[Tensor, Tensor] | None = None
-    temperature: Tensor | None = None
-    frozen_only: bool = False
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What a tap sees of one block.
-
-    Attributes:
-        layer: index of the block, from 0.
-        inputs: (B, N, D). The frozen sequence on entry, without prompts; slots inside it hold what enters.
-        queries: (B, H, N, d). Queries of the frozen sequence, bias included, not yet scaled by d.
-        to_prompts: (B, H, N, M). Attention weights from the frozen sequence to the prompts, first those in slots.
-        key_weight: (D, D). Rows are output channels, in head order; None where keys are normalised after
-            their projection, so that a key is not a product with one weight.
-        chosen: (B, k), as the pass says. Where prompts of a pool travel, those that fill the slots on entry to the
-            block that they enter, M rows each, in this order; None without a pool.
-        keys, values: (B, H, N, d). Those of the frozen sequence, with their graph; as a `Splice.prefix` they show this
-            sequence to another one.
-    """
-
-    layer: int
-    inputs: Tensor
-    queries: Tensor
-    to_prompts: Tensor
-    key_weight: Tensor | None
-    chosen: Tensor | None = None
-    keys: Tensor | None = None
-    values: Tensor | None = None
-
-
-Tap = Callable[[Probe], None]
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """What comes out of a tower.
-
-    Attributes:
-        features: (B, F), float32; float64 if the tower computes in it.
-        tokens: (B, N, D) after the last block, or None when only the features were asked for.
-        prompts: (B, M, D). What became of the prompt slots, after the final norm; None without slots.
-    """
-
-    features: Tensor
-    tokens: Tensor | None = None
-    prompts: Tensor | None = None
-
-
-class PromptPass:
-    """One forward pass's worth of prompts; made by `PromptModule.start`, thrown away after use.
-
-    Whatever belongs to one batch (the query, the chosen prompts, a recurrent state, loss terms) lives
-    here and never on the module, so that a module can be used twice in one step.
-
-    Attributes:
-        terms: loss terms that this pass gave rise to, by name.
-        chosen: (B, k), whole numbers. Which prompts of a pool each image took, in order of rank; None without a pool.
-        copies: how many times the tower encodes each image. Shapes that say B then hold copies * B rows: all images,
-            then all of them again; so one pass can show the same images with different prompts.
-    """
-
-    def __init__(self) -> None:
-        self.terms: dict[str, Tensor] = {}
-        self.chosen: Tensor | None = None
-        self.copies = 1
-
-    def at(self, layer: int, tokens: Tensor, carried: Tensor | None) -> Splice | None:
-        """Return what to splice into block `layer`, or None.
-
-        Args:
-            layer: index of the block, from 0.
-            tokens: (B, N, D). The frozen sequence on entry to the block.
-            carried: (B, M, D). What the last block made of the prompt slots; None if there are none.
-        """
-        raise NotImplementedError
-
-    def losses(self, labels: Tensor | None) -> dict[str, Tensor]:
-        """Return the loss terms, those of known columns (B,) included; `labels` is None where they are not known."""
-        return self.terms
-
-
-class BlockView(Protocol):
-    """The few questions that the engine asks of a frozen block; one small class per family answers.
-
-    Sequences are (B, n, D) for any n; queries, keys and values are (B, H, n, d). `first_norm` is what `norm`
-    applies, None where that is no layer norm.
-    """
-
-    @property
-    def heads(self) -> int: ...
-    @property
-    def key_weight(self) -> Tensor | None: ...
-    @property
-    def first_norm(self) -> nn.LayerNorm | None: ...
-    def norm(self, x: Tensor) -> Tensor: ...
-    def project(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
-    def queries(self, h: Tensor) -> Tensor: ...
-    def keys_values(self, h: Tensor) -> tuple[Tensor, Tensor]: ...
-    def finish(self, x: Tensor, mixed: Tensor) -> Tensor: ...
 
 
 class Tower(nn.Module):
@@ -194,7 +70,7 @@ class Tower(nn.Module):
             picks: (B, R), the rows that are read of each, where the tower has `picks`.
         """
         rows = self.readout if picks is None else picks
-        return self.pool(tokens if rows is None else _take(tokens, rows))
+        return self.pool(tokens if rows is None else take(tokens, rows))
 
     def class_position(self) -> Tensor | None:
         """Return what block 0 finds added to the class token for its place (D,); None where there is no such thing."""
@@ -263,7 +139,7 @@ class Tower(nn.Module):
             places = self._places(frozen, tokens, mask)
             x = self._join(frozen, tokens)
             chosen = prompts.chosen if prompts is not None else None
-            x = _block(block, x, splice, mask, tap, layer, frozen.shape[1], places, chosen, rows)
+            x = run_block(block, x, splice, mask, tap, layer, frozen.shape[1], places, chosen, rows)
             frozen, carried = self._split(x, tokens)
             if layer >= self.depth - layers:
                 read.append(self.read(frozen, picks) if rows is None else self.pool(frozen))
@@ -321,79 +197,3 @@ class Tower(nn.Module):
             cut = x.shape[1] - tokens.shape[1]
             return x[:, :cut], x[:, cut:]
         return x, x[:, self.slots]
-
-
-def _block(
-    block: BlockView,
-    x: Tensor,
-    splice: Splice,
-    mask: Tensor | None,
-    tap: Tap | None,
-    layer: int,
-    length: int,
-    places: slice,
-    chosen: Tensor | None,
-    rows: slice | Tensor | None,
-) -> Tensor:
-    """Run one block with whatever is spliced into it: the only attention in lamina.
-
-    Args:
-        x: (B, n, D), of which the first `length` rows are the frozen sequence and `places` are prompt slots.
-
-    Returns:
-        The sequence after the block, (B, n, D); of its `rows` alone if they are given.
-    """
-    h = block.norm(x)
-    if rows is not None and tap is None:
-        q, (k, v) = block.queries(_take(h, rows)), block.keys_values(h)
-    else:
-        q, k, v = block.project(h)
-    own = k[:, :, :length], v[:, :, :length]
-    k, v = _with_extra_rows(block, k, v, splice)
-    extra = k.shape[2] - x.shape[1]
-    if mask is not None:
-        mask = F.pad(mask, (0, extra))
-    if splice.frozen_only and extra:
-        mask = x.new_zeros(x.shape[1], k.shape[2]) if mask is None else mask.clone()
-        mask[places, -extra:] = float("-inf")
-    if mask is not None and rows is not None and tap is None:
-        mask = _take(mask, rows) if mask.ndim == 4 else mask[rows]  # (..., R, keys), or (B, R, keys)
-        mask = mask[:, None] if mask.ndim == 3 else mask
-    if splice.temperature is not None:
-        q = q / splice.temperature.to(q.dtype)
-    if tap is None:
-        mixed = attend(q, k, v, mask)
-    else:
-        weights = attention_weights(q, k, mask)
-        seen = weights[:, :, :length]
-        inside = places.stop < x.shape[1]
-        prompts = torch.cat([seen[..., places], seen[..., x.shape[1] :]], -1) if inside else seen[..., places.start :]
-        tap(Probe(layer, x[:, :length], q[:, :, :length], prompts, block.key_weight, chosen, *own))
-        mixed = (weights if rows is None else _take(weights, rows)) @ v
-    return block.finish(x if rows is None else _take(x, rows), mixed)
-
-
-def _take(x: Tensor, rows: slice | Tensor) -> Tensor:
-    """Return some rows of x (B, ..., n, K): the same of each, or those that (B, R) names for each."""
-    if isinstance(rows, slice) or rows.ndim == 1:
-        return x[..., rows, :]
-    index = rows.view(rows.shape[0], *[1] * (x.ndim - 3), rows.shape[1], 1)
-    return x.gather(-2, index.expand(*x.shape[:-2], -1, x.shape[-1]))
-
-
-def _with_extra_rows(block: BlockView, k: Tensor, v: Tensor, splice: Splice) -> tuple[Tensor, Tensor]:
-    """Append the keys and values of context and prefix to k and v (B, H, N, d).
-
-    Their number is `shape[0]`: Python's `len` is one certain number even while a graph for any is traced.
-    """
-    keys, values = [k], [v]
-    if splice.context is not None and splice.context.shape[-2]:
-        context = splice.context if splice.context.ndim == 3 else splice.context[None]
-        extra = block.keys_values(context if splice.context_normed else block.norm(context))
-        keys.append(extra[0].to(k.dtype).expand(k.shape[0], -1, -1, -1))
-        values.append(extra[1].to(v.dtype).expand(v.shape[0], -1, -1, -1))
-    if splice.prefix is not None:
-        for place, prefix in zip((keys, values), splice.prefix, strict=True):
-            heads = prefix.unflatten(-1, (block.heads, -1)).transpose(-3, -2)
-            place.append(heads.to(k.dtype).expand(k.shape[0], -1, -1, -1))
-    return (k, v) if len(keys) == 1 else (torch.cat(keys, dim=2), torch.cat(values, dim=2))

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from lamina.backbones.tower import PromptPass, Splice
+from lamina.backbones.splice import PromptPass, Splice
 from lamina.data.stream import Task
 
 

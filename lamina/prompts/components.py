@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lamina.backbones.tower import PromptPass, Splice
+from lamina.backbones.splice import PromptPass, Splice
 from lamina.data.stream import Task
 from lamina.errors import ConfigError
 from lamina.prompts.base import PromptModule, Scripted

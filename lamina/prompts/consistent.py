@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamina.backbones.tower import Splice
+from lamina.backbones.splice import Splice
 from lamina.data.stream import places
 from lamina.prompts.base import PromptModule, Scripted
 from lamina.prompts.components import orthogonal_rows

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lamina.backbones.clip import TextSide
 from lamina.backbones.clip_text import SharedPrefix, TextTower
-from lamina.backbones.tower import Splice
+from lamina.backbones.splice import Splice
 from lamina.errors import ConfigError, DataError
 from lamina.prompts.base import Scripted
 from lamina.prompts.reading import along

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamina.backbones.tower import PromptPass, Splice, Tower
+from lamina.backbones.splice import PromptPass, Splice
+from lamina.backbones.tower import Tower
 from lamina.errors import ConfigError
 from lamina.prompts.base import PromptModule, Scripted
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamina.backbones.tower import PromptPass, Splice
+from lamina.backbones.splice import PromptPass, Splice
 from lamina.errors import ConfigError
 from lamina.prompts.base import PromptModule, Scripted
 from lamina.prompts.pool import Selection

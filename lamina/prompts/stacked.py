@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from lamina.backbones.tower import PromptPass, Splice, Tower
+from lamina.backbones.splice import PromptPass, Splice
+from lamina.backbones.tower import Tower
 from lamina.prompts.base import PromptModule, Scripted
 
 

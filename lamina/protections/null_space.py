@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from lamina.backbones.tower import Probe, Tower
+from lamina.backbones.splice import Probe
+from lamina.backbones.tower import Tower
 from lamina.errors import ConfigError, ShapeError, UnsupportedBackbone
 from lamina.lookback import Reduce
 from lamina.prompts.base import PromptModule

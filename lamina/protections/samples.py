@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lamina.backbones.tower import Probe
+from lamina.backbones.splice import Probe
 from lamina.data.stream import Task
 from lamina.errors import ConfigError, ShapeError
 from lamina.lookback import Reduce

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lamina.backbones.tower import Probe
+from lamina.backbones.splice import Probe
 from lamina.errors import ShapeError
 from lamina.lookback import Reduce
 from lamina.protections.base import Protection, Room

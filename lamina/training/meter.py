@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lamina.backbones.tower import Probe
+from lamina.backbones.splice import Probe
 from lamina.data.loader import Share
 from lamina.data.stream import Split, Stream
 from lamina.errors import DataError, ResumeError

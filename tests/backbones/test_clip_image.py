@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lamina.backbones.clip import ClipImageTower
+from lamina.backbones.splice import Splice
 from lamina.backbones.timm_vit import TimmTower
-from lamina.backbones.tower import Splice
 from lamina.errors import ConfigError, ShapeError, UnsupportedBackbone
 from lamina.methods.dualprompt import DualPrompt
 from lamina.methods.l2p import L2P

@@ -10,7 +10,8 @@ from torch import nn
 
 from lamina.backbones.clip import ClipImageTower
 from lamina.backbones.clip_text import SharedPrefix, TextTower
-from lamina.backbones.tower import Encoded, Splice, Tower
+from lamina.backbones.splice import Encoded, Splice
+from lamina.backbones.tower import Tower
 from lamina.errors import ConfigError, ShapeError, UnsupportedBackbone
 from lamina.prompts.base import Scripted
 from tests.backbones.clips import KINDS, clip, close, ids, images, tokenizer
@@ -85,7 +86,7 @@ def test_rows_behind_the_longest_text_are_never_computed():
 def test_the_last_block_computes_one_row_a_text():
     tower, rows = TextTower(clip()), []
     for view in tower.blocks():
-        view.finish = lambda x, mixed, finish=view.finish: (rows.append(x.shape[1]), finish(x, mixed))[1]
+        view.attended = lambda x, mixed, attended=view.attended: (rows.append(x.shape[1]), attended(x, mixed))[1]
     tower(ids())
     slotted = tower.with_slots(CONTEXT)
     slotted(ids(*LEARNED), spliced({0: VALUES[0], 1: VALUES[1]}))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from lamina.backbones.splice import Splice
 from lamina.backbones.timm_vit import TimmTower
-from lamina.backbones.tower import Splice
 from lamina.prompts.base import Scripted
 
 
@@ -184,6 +184,20 @@ def test_frozen_only_hides_context_from_the_slots(tower, images, values, kernel)
     assert not torch.allclose(features, other_features, atol=1e-2)
 
 
+def test_a_branch_says_what_is_added_in_place_of_what_the_mlp_says(tower, images, values):
+    def passed(branch, **how):
+        return tower(images, Scripted(lambda *_: Splice(context=values[0], branch=branch)), **how)
+
+    assert torch.equal(
+        passed(lambda x, y: y).features, tower(images, Scripted(lambda *_: Splice(context=values[0]))).features
+    )
+    seen = []
+    whole = passed(lambda x, y: (seen.append((x, y)), 2 * x)[1], all_rows=True)
+    for (x, y), block in zip(seen, tower.model.blocks, strict=True):
+        close(y, block.mlp(block.norm2(x)))
+    close(whole.tokens, 3 * seen[-1][0])
+
+
 # ── the last block ─────────────────────────────────────────────────────────────────────────────────
 
 
@@ -227,7 +241,7 @@ def test_a_last_block_of_the_class_row_and_travelling_prompts_alone_gives_the_sa
 def test_the_last_block_computes_no_more_than_what_is_read_and_what_travels(tower, images, values):
     rows, travels = [], values.shape[1]
     for view in tower.blocks():
-        view.finish = lambda x, mixed, finish=view.finish: (rows.append(x.shape[1]), finish(x, mixed))[1]
+        view.attended = lambda x, mixed, attended=view.attended: (rows.append(x.shape[1]), attended(x, mixed))[1]
     tower(images, travelling(values))
     assert rows == [17 + travels, 17 + travels, 1 + travels]
 
@@ -269,7 +283,7 @@ def test_the_last_block_says_the_same_whether_others_are_read_or_not(tower, imag
 def test_only_the_last_block_computes_the_rows_that_are_read_alone(tower, images):
     rows = []
     for view in tower.blocks():
-        view.finish = lambda x, mixed, finish=view.finish: (rows.append(x.shape[1]), finish(x, mixed))[1]
+        view.attended = lambda x, mixed, attended=view.attended: (rows.append(x.shape[1]), attended(x, mixed))[1]
     tower(images, layers=2)
     tower(images, layers=2, all_rows=True)
     assert rows == [17, 17, 1, 17, 17, 17]
@@ -347,6 +361,22 @@ def test_a_tap_sees_prompts_however_they_come(tower, images, values, how):
         close(a.inputs, b.inputs)
         close(a.queries, b.queries)
         close(a.to_prompts, b.to_prompts)
+
+
+def test_a_tap_sees_the_prompts_that_enter_slots_first_and_all_weights(tower, images, values):
+    seen = []
+    both = Scripted(
+        lambda layer, tokens, carried: Splice(
+            tokens=values[layer].expand(len(tokens), -1, -1), context=values[layer] + 1, prefix=(values[0], values[1])
+        )
+    )
+    tower(images, both, tap=seen.append)
+    for layer, probe in enumerate(seen):
+        expected = torch.cat([values[layer], values[layer] + 1]).expand(7, -1, -1)
+        assert torch.equal(probe.entering, expected)
+        assert probe.attention.shape == (7, 2, 17, 17 + 3 * 5)
+        assert torch.equal(probe.attention[..., 17:], probe.to_prompts)
+        close(probe.attention.sum(-1), torch.ones(7, 2, 17))
 
 
 def test_a_tap_changes_no_features(tower, images, values, kernel):

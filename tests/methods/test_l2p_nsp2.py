@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lamina.backbones.load import Backbone
+from lamina.backbones.splice import Splice
 from lamina.backbones.timm_vit import TimmTower
-from lamina.backbones.tower import Splice
 from lamina.continual import ContinualModel
 from lamina.data.stream import Task
 from lamina.errors import ConfigError

@@ -216,7 +216,8 @@ def by_hand(tower, x, keys, values, *, hide):
     logits = q @ torch.cat([k, keys], dim=2).transpose(-2, -1) / 12**0.5
     if hide:
         logits[..., -keys.shape[2] :] = float("-inf")
-    return block.finish(x, logits.softmax(-1) @ torch.cat([v, values], dim=2))
+    x = block.attended(x, logits.softmax(-1) @ torch.cat([v, values], dim=2))
+    return x + block.branch(x)
 
 
 @torch.no_grad()

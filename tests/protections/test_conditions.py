@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lamina.backbones.splice import Probe, Splice
 from lamina.backbones.timm_vit import TimmTower
-from lamina.backbones.tower import Probe, Splice, Tower
+from lamina.backbones.tower import Tower
 from lamina.prompts.base import Scripted
 from lamina.prompts.deep import DeepPrompts
 from lamina.protections.null_space import NullSpace

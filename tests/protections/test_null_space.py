@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lamina.backbones.tower import Probe
+from lamina.backbones.splice import Probe
 from lamina.errors import ConfigError, ShapeError, UnsupportedBackbone
 from lamina.prompts.deep import DeepPrompts
 from lamina.prompts.pool import PromptPool

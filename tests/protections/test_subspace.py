@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lamina.backbones.tower import Probe
+from lamina.backbones.splice import Probe
 from lamina.errors import ShapeError
 from lamina.protections.base import Room
 from lamina.protections.subspace import Subspace, grown, keys_alone, second_moment

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from lamina.backbones.splice import PromptPass, Splice
 from lamina.backbones.timm_vit import TimmTower
-from lamina.backbones.tower import PromptPass, Splice
 from lamina.data.loader import Share
 from lamina.data.stream import Split, Stream, Task
 from lamina.errors import DataError, ResumeError
