@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import resource
@@ -49,6 +50,26 @@ def peak_memory_mb(device: Any) -> float:
         return round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
     unit = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
+
+
+#: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD of glibc's malloc.h, in bytes
+_KEPT = {-3: 2**30, -1: 2**31 - 1, -2: 2**26}
+
+
+def keep_memory() -> bool:
+    """Let this process keep memory that it frees, for its next step; say whether the allocator listened.
+
+    On Linux, glibc hands large blocks back as soon as they are freed, so that every step of training on a CPU gets its
+    activations from the kernel again, page by page, each cleared first: a third of the time of a step of CLAP, a
+    twentieth of one of deep prompts (`benchmarks/memory.py`).
+    """
+    if sys.platform != "linux":
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return False
+    return sum(mallopt(option, value) for option, value in _KEPT.items()) == len(_KEPT)
 
 
 def commit() -> str | None:

@@ -10,6 +10,7 @@ import torch
 from lightning_fabric import Fabric
 
 from lamina.errors import ConfigError, unknown
+from lamina.machine import keep_memory
 
 Precision = Literal["auto", "bf16", "32"]
 
@@ -35,6 +36,7 @@ def _together(fabric: Fabric, work: Callable[..., Any], *arguments: Any) -> Any:
 
     A process that ends while another still talks to the group can take that one down with it.
     """
+    keep_memory()
     result = work(fabric, *arguments)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         fabric.barrier()
