@@ -76,7 +76,11 @@ def health(data: Path | None) -> dict[str, Any]:
 
 
 def _methods() -> list[dict[str, Any]]:
-    return [{"method": name, "what it is": _module_text(method_class(name)).splitlines()[0]} for name in method_names()]
+    kinds = {name: method_class(name) for name in method_names()}
+    return [
+        {"method": name, "backbone": default_backbone(kind), "what it is": _module_text(kind).splitlines()[0]}
+        for name, kind in kinds.items()
+    ]
 
 
 def _streams() -> list[dict[str, Any]]:
