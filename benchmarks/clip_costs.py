@@ -113,7 +113,8 @@ def read_whole(tower: Any, wording: Wording, contexts: Tensor) -> Tensor:
     x = torch.cat([x[:, :1], contexts.expand(classes, -1, -1).to(x.dtype), x[:, 1 + length :]], dim=1) + tower.positions
     for block in tower.blocks():
         q, k, v = block.project(block.norm(x))
-        x = block.finish(x, F.scaled_dot_product_attention(q, k, v, attn_mask=tower.mask))
+        x = block.attended(x, F.scaled_dot_product_attention(q, k, v, attn_mask=tower.mask))
+        x = x + block.branch(x)
     return tower.pool(x[torch.arange(classes), wording.ids.argmax(1)][:, None]).float()
 
 
