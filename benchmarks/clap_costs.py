@@ -71,7 +71,7 @@ def main() -> None:
         torch.manual_seed(0)
         features, labels = torch.randn(BATCH, tower.features), torch.randint(classes, (BATCH,))
         linear = torch.nn.Linear(tower.features, classes)
-        calls = {"linear": step_of(linear, lambda: (linear(features), {}), labels)}
+        calls = {"linear": step_of(linear, lambda layer=linear, x=features: (layer(x), {}), labels)}
         for name, settings in (("Gaussians", {"guidance": False}), ("CLAP", {})):
             model, size = CLAP(**settings).build(tower).model, classes // TASKS
             for task in range(TASKS):
