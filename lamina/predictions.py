@@ -161,6 +161,7 @@ def evaluate(model: ContinualModel, file: ModelFile, folder: Path, *, skip_broke
     labels = labels[good]
     probabilities = torch.cat([part.probabilities for part in parts]).numpy()
     novelty = {name: torch.cat([part.novelty[name] for part in parts]).numpy() for name in SCORES}
+    unsure = {name: torch.cat([part.uncertainty[name] for part in parts]).numpy() for name in parts[0].uncertainty}
     known = labels >= 0
     return assess(
         model=facts(file),
@@ -182,6 +183,8 @@ def evaluate(model: ContinualModel, file: ModelFile, folder: Path, *, skip_broke
         novelty={name: values[known] for name, values in novelty.items()},
         thresholds={name: 1.0 for name in SCORES if model.confidence.scale(name) is not None},
         unknown_novelty={name: values[~known] for name, values in novelty.items()} if (~known).any() else None,
+        uncertainty={name: values[known] for name, values in unsure.items()},
+        unknown_uncertainty={name: values[~known] for name, values in unsure.items()},
     )
 
 

@@ -17,6 +17,7 @@ from lamina.results.assessment_fields import (
     Calibration,
     ClassScore,
     Confusion,
+    Doubt,
     Histogram,
     Novelty,
     TaskScore,
@@ -44,6 +45,8 @@ def assess(
     novelty: Mapping[str, np.ndarray] | None = None,
     thresholds: Mapping[str, float] | None = None,
     unknown_novelty: Mapping[str, np.ndarray] | None = None,
+    uncertainty: Mapping[str, np.ndarray] | None = None,
+    unknown_uncertainty: Mapping[str, np.ndarray] | None = None,
 ) -> Assessment:
     """Return how good the probabilities are.
 
@@ -58,6 +61,8 @@ def assess(
         novelty: for each score (B,) values of the same images; higher is more novel.
         thresholds: for some scores, the value above which an image is flagged as novel.
         unknown_novelty: the same scores for images of classes that the model does not know.
+        uncertainty: for each measure (B,) values of the same images, in nats.
+        unknown_uncertainty: the same for images of classes that the model does not know.
 
     Raises:
         DataError: when there is no image.
@@ -91,6 +96,7 @@ def assess(
         confusion_matrix=matrix.tolist() if size <= MAP_CLASSES else None,
         calibration=_calibration(probabilities, own, rank == 0),
         novelty=_novelty(images, novelty or {}, thresholds or {}, unknown_novelty or {}),
+        uncertainty=_uncertainty(rank == 0, uncertainty or {}, unknown_uncertainty or {}),
     )
 
 
@@ -109,6 +115,10 @@ def rows_overview(assessment: Assessment) -> list[dict[str, str]]:
         if each["threshold"] is not None:
             said += [("known flagged", each["flagged_known"]), ("unknown flagged", each["flagged_unknown"])]
         rows += [(f"{printable(name)}: {word} (%)", _percent(value)) for word, value in said]
+    for name, doubt in (assessment.uncertainty or {}).items():
+        means = [doubt["right"], doubt["wrong"], doubt["unknown"]]
+        told = " / ".join("–" if mean is None else f"{mean:.2f}" for mean in means)
+        rows.append((f"{printable(name).replace('_', ' ')}: right / wrong / unknown (nats)", told))
     return _aligned([{"measure": name, "value": value} for name, value in rows], ("value",))
 
 
@@ -339,6 +349,23 @@ def _novelty_of(known: np.ndarray, unknown: np.ndarray, threshold: float | None)
             unknown=np.histogram(unknown, edges)[0].tolist(),
         ),
     )
+
+
+def _uncertainty(
+    right: np.ndarray, known: Mapping[str, np.ndarray], unknown: Mapping[str, np.ndarray]
+) -> dict[str, Doubt] | None:
+    """Return the mean of each measure over images that were named right, named wrong, and of unknown classes."""
+
+    def mean(values: np.ndarray) -> float | None:
+        return float(values.mean(dtype=np.float64)) if len(values) else None
+
+    found = {}
+    for name, values in known.items():
+        if values.shape != right.shape:
+            raise ShapeError(f"uncertainty {name!r} must be flat, with {len(right)} images; got {values.shape}")
+        strange = unknown.get(name, np.empty(0))
+        found[name] = Doubt(right=mean(values[right]), wrong=mean(values[~right]), unknown=mean(strange))
+    return found or None
 
 
 def _storable(name: str) -> str:

@@ -108,6 +108,14 @@ class Novelty(TypedDict):
     histogram: Histogram
 
 
+class Doubt(TypedDict):
+    """The mean of a measure of uncertainty, in nats, over images named right, named wrong, and of unknown classes."""
+
+    right: float | None
+    wrong: float | None
+    unknown: float | None
+
+
 class TopK(TypedDict):
     """Share of images whose class is among the k likeliest."""
 
@@ -131,6 +139,7 @@ class Assessment(Written):
         confusion_matrix: (C, C) images, true classes in rows; None above 40 classes.
         calibration: with 15 equal bins.
         novelty: one entry for each score; None when no image of an unknown class was given.
+        uncertainty: one entry for each measure, as `Prediction.uncertainty` names them; None where it was not measured.
         version: of this file format.
 
     Raises:
@@ -148,6 +157,7 @@ class Assessment(Written):
     confusion_matrix: list[list[Count]] | None
     calibration: Calibration
     novelty: dict[str, Novelty] | None
+    uncertainty: dict[str, Doubt] | None = None
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -194,4 +204,5 @@ def _form(kind: type[Assessment]) -> Any:
     """Return the model that checks the fields; as a dataclass, a strict one takes no JSON."""
     config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
     fields: Any = {name: (hint, ...) for name, hint in get_type_hints(kind, include_extras=True).items()}
+    fields["uncertainty"] = (fields["uncertainty"][0], None)  # which assessments from before it was there lack
     return create_model("Assessment", __config__=config, **fields)

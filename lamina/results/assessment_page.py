@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lamina import __version__
 from lamina.results.assessment_fields import Assessment, Novelty
@@ -17,6 +17,8 @@ from lamina.results.tables import flatten
 from lamina.storage import write_whole
 from lamina.text import printable
 
+#: of images whose uncertainty is compared
+_KINDS: tuple[Literal["right", "wrong", "unknown"], ...] = ("right", "wrong", "unknown")
 #: more classes than this are folded away, below the weakest of them
 _OPEN, _WEAKEST = 40, 12
 #: names of a list that are written out
@@ -61,7 +63,8 @@ def page(assessment: Assessment) -> str:
     file = Path(str(model.get("file") or model.get("method") or "a kept model")).name
     title = f"{_text(file)} on {counted(assessment.images, 'image')}"
     parts = [_head(assessment), _verdict(assessment), _tasks(assessment), _reliability(assessment)]
-    parts += [_classes(assessment), _confusions(assessment), _novelty(assessment), _settings(assessment)]
+    parts += [_classes(assessment), _confusions(assessment), _novelty(assessment), _uncertainty(assessment)]
+    parts.append(_settings(assessment))
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -222,6 +225,25 @@ def _map(assessment: Assessment, matrix: list[list[int]]) -> str:
     dense = " dense" if len(matrix) > 16 else ""
     top = f"<thead><tr><th></th>{heads}</tr></thead>"
     return f'<div class="scroll"><table class="heat map{dense}">{top}<tbody>{"".join(body)}</tbody></table></div>'
+
+
+def _uncertainty(assessment: Assessment) -> str:
+    if not assessment.uncertainty:
+        return ""
+    body = [
+        [_text(name).replace("_", " "), *("–" if each[kind] is None else f"{each[kind]:.3f}" for kind in _KINDS)]
+        for name, each in assessment.uncertainty.items()
+    ]
+    said = (
+        "Means over images, in nats. They should be larger where the answer is wrong, and largest where none is right."
+    )
+    if len(body) > 1:
+        said += (
+            " What draws disagree on (mutual information), more images of the kind would settle; the rest of their "
+            "entropy (expected entropy) they would not."
+        )
+    table = html_table(["Measure", "Named right", "Named wrong", "Of unknown classes"], body)
+    return f'<h3>Is it unsure where it is wrong?</h3><p class="say">{said}</p>{table}'
 
 
 def _novelty(assessment: Assessment) -> str:

@@ -297,6 +297,36 @@ def test_novelty_is_left_out_without_images_of_unknown_classes(unknown):
     assert made(novelty={"distance": KNOWN}, thresholds={"distance": 2.0}, unknown_novelty=unknown).novelty is None
 
 
+# ── uncertainty ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_uncertainty_is_averaged_over_right_wrong_and_unknown_images_apart():
+    values, strange = np.array([0.1, 1.0, 0.3, 2.0, 3.0, 4.0]), np.array([5.0, 6.0, 9.0])
+    found = made(uncertainty={"entropy": values}, unknown_uncertainty={"entropy": strange}).uncertainty
+    assert found["entropy"] == pytest.approx({"right": 0.2, "wrong": 2.5, "unknown": 20 / 3})
+    alone = made(uncertainty={"entropy": values}).uncertainty
+    assert alone["entropy"]["unknown"] is None and made().uncertainty is None
+
+
+def test_uncertainty_is_told_in_rows_and_on_the_page():
+    told = made(uncertainty={"mutual_information": np.arange(6) / 10})
+    row = {row["measure"]: row["value"].strip() for row in rows_overview(told)}
+    assert row["mutual information: right / wrong / unknown (nats)"] == "0.10 / 0.33 / –"
+    assert "Is it unsure where it is wrong?" in page(told) and "<td>0.325</td>" in page(told)
+    assert "Is it unsure where it is wrong?" not in page(made())
+
+
+def test_an_assessment_from_before_uncertainty_was_measured_is_read():
+    values = made().as_dict()
+    del values["uncertainty"]
+    assert Assessment.from_dict(values).uncertainty is None
+
+
+def test_uncertainty_of_another_number_of_images_is_refused():
+    with pytest.raises(ShapeError, match=r"uncertainty 'entropy' must be flat, with 6 images; got \(5,\)"):
+        made(uncertainty={"entropy": np.ones(5)})
+
+
 # ── what is refused ────────────────────────────────────────────────────────────────────────────────
 
 
