@@ -194,13 +194,13 @@ def votes(values: Mapping[str, Any]) -> str:
     titles = {"image": "each image for itself", "batch": "{} together, {}"}
     words = {"sorted": "of a class and task", "mixed": "in no order"}
     heads = [titles[choice].format(batch, words[order]) for choice, batch, order in columns]
-    lines = [f"| method | on | trained | {' | '.join(heads)} |", f"|---|---|---|{'---:|' * len(columns)}"]
+    lines = [f"| method | on | seed | trained | {' | '.join(heads)} |", f"|---|---|---:|---|{'---:|' * len(columns)}"]
     for run in values["runs"]:
         found = {(row["choice"], row["batch"], row["order"]): row["accuracy"] for row in run["rows"]}
         trained = {"image": "each image for itself", "batch": "together"}[run["trained"]]
         cells = [f"{100 * found[column]:.1f}" for column in columns]
-        lines.append(f"| {run['method']} | {run['stream']} | {trained} | {' | '.join(cells)} |")
-    said = "Accuracy in percent on the test images of all tasks, one seed"
+        lines.append(f"| {run['method']} | {run['stream']} | {run['seed']} | {trained} | {' | '.join(cells)} |")
+    said = "Accuracy in percent on the test images of all tasks"
     return "\n".join(lines) + f"\n\n{said}; {values['hardware']}; commit `{values['commit']}`.\n"
 
 

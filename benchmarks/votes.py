@@ -53,7 +53,7 @@ def measured(folder: Path, data: Path | None) -> dict[str, Any]:
     backbone = load_backbone(run.backbone, dtype=tower_dtype(run.precision, fabric.device))
     spec = InputSpec(**backbone.pixels)
     stream: Stream = build_stream(run.stream, data, max_side=spec.max_side)
-    setting, rows = next(name for name in SETTINGS if name in run.settings), []
+    setting, rows = next(name for name in SETTINGS if name in record.settings), []
     for selection in ("image", "batch"):
         learner = method_class(run.method)(**{**run.settings, setting: selection}).build(backbone.tower)
         for task in stream:
@@ -69,7 +69,7 @@ def measured(folder: Path, data: Path | None) -> dict[str, Any]:
                     learner.model, tasks, lambda task, plain=feed.plain: plain(task.test), seed=0, reduce=summed(fabric)
                 )
                 rows.append({"choice": selection, "batch": size, "order": order, "accuracy": float(np.mean(found))})
-                print(run.method, run.settings[setting], rows[-1], flush=True)
+                print(run.method, record.settings[setting], rows[-1], flush=True)
     what = {"method": run.method, "stream": run.stream.name, "seed": run.seed}
     return {**what, "trained": record.settings[setting], "rows": rows}
 
