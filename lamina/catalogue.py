@@ -118,6 +118,11 @@ def _backbones() -> list[dict[str, Any]]:
         {"backbone": "open_clip:MODEL:PATH", "what it is": "the same with weights from a local file"},
         {"backbone": "open_clip:MODEL@random", "what it is": "the same untrained, for measuring speed"},
         {"backbone": "open_clip:local-dir:FOLDER", "what it is": "a folder with open_clip_config.json and weights"},
+        {
+            "backbone": "NAME#READ-OUT",
+            "what it is": "the same without texts, features read from cls, mean_patch or mean_all, behind a pretrained "
+            "or a fresh norm: lamina:vit-nano#mean_all,fresh",
+        },
     ]
 
 

@@ -96,7 +96,8 @@ class PlainProgress(_Counting):
             print(text, file=sys.stderr, flush=True)
 
     def row(self, task: int, tasks: int, accuracies: list[float]) -> None:
-        print(f"after task {task + 1}/{tasks}: {accuracy_line(accuracies)}", file=sys.stderr, flush=True)
+        line = accuracy_line(accuracies, self.measure)
+        print(f"after task {task + 1}/{tasks}: {line}", file=sys.stderr, flush=True)
 
     def _say(self, more: str) -> None:
         loss = "" if self.loss is None else f", loss {self.loss:.3f}"
@@ -156,17 +157,18 @@ class DrawnProgress(_Counting):
         return bars, bars.add_task(label, total=total, speed=0.0, loss="", things=things)
 
     def row(self, task: int, tasks: int, accuracies: list[float]) -> None:
-        self.console.print(f"after task {task + 1}/{tasks}: {accuracy_line(accuracies)}", highlight=False)
+        line = accuracy_line(accuracies, self.measure)
+        self.console.print(f"after task {task + 1}/{tasks}: {line}", highlight=False)
 
 
-def accuracy_line(accuracies: Sequence[float]) -> str:
+def accuracy_line(accuracies: Sequence[float], measure: str = "accuracy") -> str:
     """Return accuracies and their mean in percent.
 
     >>> accuracy_line([0.5, 0.75])
     'accuracy 62.5 % (50.0 75.0)'
     """
     each = " ".join(f"{100 * value:.1f}" for value in accuracies)
-    return f"accuracy {100 * sum(accuracies) / len(accuracies):.1f} % ({each})"
+    return f"{measure} {100 * sum(accuracies) / len(accuracies):.1f} % ({each})"
 
 
 def table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:

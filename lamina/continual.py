@@ -21,7 +21,7 @@ from lamina.confidence import Confidence, Sureness, entropy, gaussians, learn_co
 from lamina.config import read_toml
 from lamina.data.material import GONE, Material
 from lamina.data.stream import Stream, Task
-from lamina.data.transforms import InputSpec, Transform, transform
+from lamina.data.transforms import InputSpec, Transform, still_of, transform
 from lamina.drift import lesson_drift
 from lamina.errors import ConfigError, DataError, LaminaError, ModelFileError
 from lamina.heads.base import Head
@@ -188,7 +188,7 @@ class ContinualModel:
     @property
     def plain(self) -> Transform:
         """The way of an image to the pixels that the backbone takes."""
-        return transform("plain", self.spec)
+        return transform(still_of(self.augmentation), self.spec)
 
     def file(self) -> ModelFile:
         """Return all that was learned, ready to be written."""

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from lamina.audit import BlockDrift, Drift
 from lamina.model import Batch, PromptedModel
-from lamina.prompts.base import PromptModule
 from lamina.protections.base import Felt, Protection
 
 
@@ -36,12 +35,15 @@ def lesson_drift(
         remembered: by the same protections before it, as from `state_dict`.
         spread: root mean squared distance of old features from their mean.
     """
-    if after.prompts is None or before.prompts is None or _same(before.prompts, after.prompts):
+    if _same(before, after):
         return Drift(new=0.0, old=0.0, bound=0.0, blocks=[])  # what is frozen, or was left alone, does not move
     new = _moved(before, after, batches) / max(spread, 1e-12)
+    prompts = before.prompts
     for protection, memory in zip(protections, remembered, strict=True):
-        old_felt = protection.felt(before.prompts, memory)
-        new_felt = protection.felt(before.prompts, protection.since(memory))
+        if prompts is None:
+            break
+        old_felt = protection.felt(prompts, memory)
+        new_felt = protection.felt(prompts, protection.since(memory))
         factor = sum(felt.moved for felt in new_felt)
         if not old_felt or factor <= 0:
             continue
@@ -56,8 +58,12 @@ def lesson_drift(
     return Drift(new=new, old=None, bound=None, blocks=[])
 
 
-def _same(ours: PromptModule, theirs: PromptModule) -> bool:
-    mine, others = ours.state_dict(), theirs.state_dict()
+def _same(ours: PromptedModel, theirs: PromptedModel) -> bool:
+    """Say whether two models have the same features: all that was learned is equal, heads aside."""
+    mine, others = (
+        {name: value for name, value in model.learned().items() if not name.startswith("head.")}
+        for model in (ours, theirs)
+    )
     return mine.keys() == others.keys() and all(torch.equal(value, others[name]) for name, value in mine.items())
 
 

@@ -56,8 +56,11 @@ class StorageError(LaminaError, OSError):
     """A file could not be written; what was saved before is still there."""
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+def unknown(kind: str, name: str, known: Iterable[str], shown: Iterable[str] | None = None) -> str:
     """Return the sentence for a name nobody knows, with the nearest known one.
+
+    Args:
+        shown: what is listed where there are too many to list; None lists all.
 
     >>> unknown("method", "vpt-nps2", ["vpt-nsp2", "vpt-deep"])
     "no method is called 'vpt-nps2'; did you mean 'vpt-nsp2'? Known: vpt-deep, vpt-nsp2"
@@ -71,4 +74,4 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
         return f"no {kind} is called {name!r}; there is none at all"
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
-    return f"no {kind} is called {name!r}{hint} Known: {', '.join(known)}"
+    return f"no {kind} is called {name!r}{hint} Known: {', '.join(known if shown is None else sorted(shown))}"

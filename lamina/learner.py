@@ -93,7 +93,8 @@ class Learner:
         memory: which old training images there will be for phases that ask for them; None keeps none.
 
     Raises:
-        ConfigError: when the memory is to choose by draws and the head draws nothing.
+        ConfigError: when the memory is to choose by draws and the head draws nothing, or features that stay as they
+            are were asked of a tower that is tuned.
     """
 
     model: PromptedModel
@@ -107,6 +108,13 @@ class Learner:
     def __post_init__(self) -> None:
         if self.memory is not None and self.memory.wants == "draws" and not self.model.head.sampling:
             raise ConfigError(NO_DRAWS)
+        prompts = self.model.prompts
+        stays = self.cache == "features" or (prompts is not None and prompts.query == "frozen")
+        if stays and self.model.tower.learned:
+            raise ConfigError(
+                "features are kept, in a cache or as queries of prompts, where a frozen tower gives them; the tower of "
+                "this model is tuned: take cache='off' and prompts that ask for no frozen query"
+            )
 
 
 def check_lessons(method: str, learner: Learner) -> None:
@@ -166,10 +174,10 @@ def decaying(kind: type[Optimizer], decay: float, **options: Any) -> Callable[[l
 
 
 def all_but(*held: str) -> Callable[[PromptedModel], list[nn.Parameter]]:
-    """Return what finds the parameters of a model but those of frozen towers and of parts that `held` names."""
+    """Return what finds the parameters of a model but what is frozen in towers and parts that `held` names."""
 
     def find(model: PromptedModel) -> list[nn.Parameter]:
-        frozen = (*model.towers, *held)
-        return [value for name, value in model.named_parameters() if not name.startswith(frozen)]
+        parameters = dict(model.named_parameters())
+        return [parameters[name] for name in model.not_frozen(parameters) if not name.startswith(held)]
 
     return find

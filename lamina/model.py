@@ -1,7 +1,8 @@
-"""A frozen tower, its prompts and a head, and what goes in and out of them."""
+"""A tower, its prompts and a head, and what goes in and out of them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ class Batch(NamedTuple):
 
     Attributes:
         images: (B, 3, height, width), float32; None when `features` stand in for them.
-        labels: (B,), columns of the head; None when they are not known.
+        labels: (B,), columns of the head, or (B, height, width), those of pixels; None when they are not known.
         query: (B, F), cached features of the frozen model, for prompts that ask for them.
         features: (B, F), cached features, for models without prompts.
     """
@@ -32,7 +33,7 @@ class Batch(NamedTuple):
 
     @property
     def targets(self) -> Tensor:
-        """The labels (B,), where they must be known."""
+        """The labels, where they must be known."""
         if self.labels is None:
             raise ValueError("this batch has no labels")
         return self.labels
@@ -40,6 +41,8 @@ class Batch(NamedTuple):
 
 class Output(NamedTuple):
     """Logits (B, C) or (S, B, C), weighted extra losses by name, and the chosen prompts (B, k) where there is a pool.
+
+    Of a head for pixels, logits are (B, C, height, width).
 
     A tuple, not a dataclass: Fabric and DDP walk what a module returns, and Fabric refuses frozen
     dataclasses.
@@ -93,13 +96,34 @@ class PromptedModel(nn.Module):
 
     @property
     def towers(self) -> tuple[str, ...]:
-        """What names of the frozen towers' parameters begin with."""
+        """What names of the towers' parameters begin with."""
+        return tuple(self._towers())
+
+    def _towers(self) -> dict[str, Tower]:
         parts = self.named_modules(remove_duplicate=False)  # two parts of a head may share the text tower
-        return tuple(f"{name}." for name, part in parts if isinstance(part, Tower))
+        return {f"{name}.": part for name, part in parts if isinstance(part, Tower)}
+
+    def not_frozen(self, names: Iterable[str]) -> list[str]:
+        """Return those names of tensors, in their order, that are in no tower or that a tower has for learning."""
+        towers = self._towers()
+        tuned = {begin + name for begin, tower in towers.items() for name in tower.learned}
+        return [name for name in names if name in tuned or not name.startswith(tuple(towers))]
 
     def learned(self) -> dict[str, Tensor]:
-        """Return everything that is not in a frozen tower, by name."""
-        return {name: value for name, value in self.state_dict().items() if not name.startswith(self.towers)}
+        """Return everything that is not frozen in a tower, by name."""
+        state = self.state_dict()
+        return {name: state[name] for name in self.not_frozen(state)}
+
+    @property
+    def trainable_parameters(self) -> int:
+        """How many numbers are trained or were, those of earlier tasks included."""
+        parameters = dict(self.named_parameters())
+        return sum(parameters[name].numel() for name in self.not_frozen(parameters))
+
+    @property
+    def moves(self) -> bool:
+        """Whether training can move features: by prompts, or by what is tuned of the tower itself."""
+        return self.prompts is not None or bool(self.tower.learned)
 
     def query(self, batch: Batch) -> Tensor:
         """Return the features (B, F) by which prompts are chosen: the frozen tower's, in the end or early."""
@@ -119,17 +143,17 @@ class PromptedModel(nn.Module):
         if batch.images is None:
             raise ValueError("a batch without images cannot be encoded; it holds cached features")
         if self.prompts is None:
-            return self.tower(batch.images, tap=tap, layers=self.layers), None
+            return self.tower(batch.images, tap=tap, layers=self.layers, after=self.head.after), None
         if self.prompts.query == "early":
             started: PromptPass = EarlyPass(self.prompts, self.tower.read, task)
         else:
             started = self.prompts.start(self.query(batch) if self.prompts.query == "frozen" else None, task)
-        return self.tower(batch.images, started, tap, layers=self.layers), started
+        return self.tower(batch.images, started, tap, layers=self.layers, after=self.head.after), started
 
     def features(
         self, batch: Batch, *, task: int | None = None, tap: Tap | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return what the head reads, (B, F) float32, and the prompts' loss terms."""
+        """Return what the head reads, (B, F) float32, and the prompts' loss terms; see `Head.after` for others."""
         return self._read(batch, task, tap)[:2]
 
     def _read(
@@ -140,9 +164,18 @@ class PromptedModel(nn.Module):
             return batch.features, {}, None
         encoded, started = self.look(batch, task=task, tap=tap)
         terms, chosen = (started.losses(batch.labels), started.chosen) if started is not None else ({}, None)
+        if self.head.after:
+            return self._patches(encoded, batch), terms, chosen
         if self.prompts is not None and self.prompts.readout == "prompts" and encoded.prompts is not None:
             return encoded.prompts.float().mean(1), terms, chosen
         return encoded.features, terms, chosen
+
+    def _patches(self, encoded: Encoded, batch: Batch) -> Tensor:
+        """Return the patch tokens (K, B, h * w, D) after the head's K blocks; they are found by their places alone."""
+        assert batch.images is not None
+        before, height, width = self.tower.grid(batch.images)
+        tokens = torch.stack([x[:, before : before + height * width] for x in encoded.after])
+        return tokens.to(torch.promote_types(tokens.dtype, torch.float32))
 
     def forward(self, batch: Batch, task: int | None = None) -> Output:
         """Score a batch; `task` is the true task in training, None in evaluation."""

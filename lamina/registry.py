@@ -10,8 +10,11 @@ from lamina.errors import ConfigError, unknown
 
 #: name -> "module:Class". Written out, so that a reader can grep it and `--help` need not import torch.
 METHODS: dict[str, str] = {
+    "adapter": "lamina.methods.adapter:Adapter",
     "attriclip": "lamina.methods.attriclip:AttriCLIP",
     "bayes-prompt": "lamina.methods.bayes_prompt:BayesPrompt",
+    "bi-adaptformer": "lamina.methods.bi_adaptformer:BiAdaptFormer",
+    "bitfit": "lamina.methods.bitfit:BitFit",
     "clap": "lamina.methods.clap:CLAP",
     "clap-nsp2": "lamina.methods.clap_nsp2:CLAPNSP2",
     "clip-adapter": "lamina.methods.clip_adapter:ClipAdapter",
@@ -24,12 +27,16 @@ METHODS: dict[str, str] = {
     "cprompt": "lamina.methods.cprompt:CPrompt",
     "dualprompt": "lamina.methods.dualprompt:DualPrompt",
     "dualprompt-pgp": "lamina.methods.dualprompt_pgp:DualPromptPGP",
+    "gapt": "lamina.methods.gapt:GaPT",
+    "full": "lamina.methods.full:Full",
     "joint": "lamina.methods.joint:Joint",
     "l2p": "lamina.methods.l2p:L2P",
     "l2p-nsp2": "lamina.methods.l2p_nsp2:L2PNSP2",
     "l2p-pgp": "lamina.methods.l2p_pgp:L2PPGP",
     "l2p-pp": "lamina.methods.l2p_pp:L2PPP",
     "linear-probe": "lamina.methods.linear_probe:LinearProbe",
+    "lspt": "lamina.methods.lspt:LSPT",
+    "lspt-nsp2": "lamina.methods.lspt_nsp2:LSPTNSP2",
     "maple": "lamina.methods.maple:MaPLe",
     "nearest-mean": "lamina.methods.nearest_mean:NearestMean",
     "proda": "lamina.methods.proda:ProDA",
@@ -41,6 +48,7 @@ METHODS: dict[str, str] = {
     "vpt-nsp2": "lamina.methods.vpt_nsp2:VPTNSP2",
     "vpt-nsp2-exact": "lamina.methods.vpt_nsp2_exact:VPTNSP2Exact",
     "vpt-pgp": "lamina.methods.vpt_pgp:VPTPGP",
+    "vpt-shallow": "lamina.methods.vpt_shallow:VPTShallow",
     "zero-shot": "lamina.methods.zero_shot:ZeroShot",
 }
 

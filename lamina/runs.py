@@ -18,12 +18,13 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from lamina.config import Settings, read_toml, write_toml
 from lamina.data.parts import JoinedStream
-from lamina.data.streams import StreamSettings, build_stream
+from lamina.data.streams import StreamSettings, build_stream, usual_run
 from lamina.errors import ConfigError, LaminaError, ResumeError
 from lamina.machine import commit, hardware, peak_memory_mb, versions
 from lamina.registry import default_backbone, method_class
 from lamina.results.metrics import summary
 from lamina.results.records import Record
+from lamina.training.dense import DenseSettings
 
 RECIPES = Path(__file__).parent / "recipes"
 SETTINGS, RESULTS = "settings.toml", "results.json"
@@ -64,6 +65,7 @@ class RunSettings(Settings):
     )
     measure_drift: bool = Field(False, description="measure how far features of old test images move")
     online: bool = Field(False, description="train on each image once: one pass, no repeated view")
+    dense: DenseSettings | None = Field(None, description="of streams whose images have label maps; None is as usual")
     settings: dict[str, Any] = Field(
         default_factory=dict, description="of the method; what is not given keeps its default"
     )
@@ -122,12 +124,13 @@ def plan(
         values["stream"] = {**values.get("stream", {}), "name": stream}
     if "stream" not in values:
         raise ConfigError("a run needs a stream: --stream NAME; `lamina list streams` shows what there is")
+    values = {**usual_run(str(values["stream"].get("name", ""))), **values}
     values["settings"] = dict(values.get("settings", {}))
     for name, value in (overrides or {}).items():
-        if name in ("stream", "settings"):
+        if name in ("stream", "settings", "dense"):
             if not isinstance(value, Mapping):
                 raise ConfigError(f"--set {name} needs a name within it, as in {name}.NAME=VALUE; got {value!r}")
-            values[name] = {**values[name], **value}
+            values[name] = {**values.get(name, {}), **value}
         elif name in RunSettings.model_fields:
             values[name] = value
         else:
@@ -258,12 +261,13 @@ def _run(
 
     from lamina.backbones.load import load_backbone
     from lamina.data.transforms import InputSpec
-    from lamina.data.views import in_words
     from lamina.seeds import seed_at
     from lamina.training import checkpoint
     from lamina.training.feed import Feed
+    from lamina.training.kinds import kind_of
     from lamina.training.launch import tower_dtype
     from lamina.training.meter import DriftMeter
+    from lamina.training.protocol import protocol
     from lamina.training.stopping import stop_signals
     from lamina.training.trainer import Trainer
 
@@ -274,7 +278,8 @@ def _run(
         stream = build_stream(run.stream, data, max_side=spec.max_side)
     torch.manual_seed(seed_at(run.seed, "build"))
     method = method_class(run.method)(**run.settings)
-    learner = method.build(backbone.tower)
+    kind = kind_of(stream, run)
+    learner = kind.adapted(method.build(backbone.tower), spec)
     feed = Feed.to(
         learner,
         fabric,
@@ -284,10 +289,11 @@ def _run(
         seed=run.seed,
         eval_batch=run.eval_batch,
         workers=run.workers,
+        transform=kind.transform,
     )
     asked = {name: value for name, value in run.model_dump().items() if name not in _FREE}
     # a checkpoint from before they were there has none
-    for name in ("measure_drift", "measure_novelty", "most_steps", "online", "normalization", "views"):
+    for name in ("dense", "measure_drift", "measure_novelty", "most_steps", "online", "normalization", "views"):
         if asked[name] == RunSettings.model_fields[name].default:
             del asked[name]
     identity = {
@@ -310,6 +316,7 @@ def _run(
         online=run.online,
         most_steps=run.most_steps,
         novelty=run.measure_novelty,
+        kind=kind,
     )
     trainer.restore(stream)
     trainer.check(stream)
@@ -317,7 +324,6 @@ def _run(
         write_toml(folder / SETTINGS, {"run": run.model_dump(), "command": command})
     with stop_signals() as trainer.should_stop:
         trainer.run(stream)
-    train = [len(task.train) for task in stream]
     test = [len(task.test) for task in stream]
     record = Record(
         method=run.method,
@@ -327,24 +333,7 @@ def _run(
         backbone={"name": run.backbone, "fingerprint": backbone.fingerprint},
         seed=run.seed,
         order_seed=stream.order_seed,
-        protocol={
-            "kind": "joint" if learner.at_once else stream.kind,
-            **stream.details,
-            **({"online": "one pass"} if run.online else {}),
-            **({"most_steps": run.most_steps} if run.most_steps is not None else {}),
-            **({"memory": str(learner.memory)} if learner.memory is not None else {}),
-            "tasks": len(stream),
-            "classes": stream.columns,
-            "train_images": sum(train),
-            "test_images": sum(test),
-            "tested_on": "held-out training images" if run.stream.holdout else "test images",
-            "image_size": spec.size,
-            **({"normalization": run.normalization} if run.normalization != "backbone" else {}),
-            "augmentation": in_words(run.views, run.augmentation, learner.cache == "features"),
-            "precision": identity["precision"],
-            **_test_batch(learner.model.transductive, run.eval_batch),
-            "skipped_images": stream.skipped,
-        },
+        protocol=protocol(run, stream, learner, spec, kind, identity["precision"]),
         classes=[list(task.classes) for task in stream],
         matrix=trainer.matrix,
         matrix_task_aware=trainer.matrix_task_aware,
@@ -353,20 +342,21 @@ def _run(
         calibration=trainer.calibration,
         reliability=trainer.reliability,
         detection=trainer.detection,
-        metrics=summary(
-            trainer.matrix,
-            test,
-            trainer.matrix_task_aware,
-            trainer.future,
-            trainer.calibration,
-            trainer.batch_calibration,
-            trainer.detection,
-        ),
+        metrics={
+            **summary(
+                trainer.matrix,
+                test,
+                trainer.matrix_task_aware,
+                trainer.future,
+                trainer.calibration,
+                trainer.batch_calibration,
+                trainer.detection,
+            ),
+            **trainer.figures,
+        },
         seconds=trainer.seconds,
         peak_memory_mb=peak_memory_mb(fabric.device),
-        trainable_parameters=sum(
-            p.numel() for name, p in learner.model.named_parameters() if not name.startswith(learner.model.towers)
-        ),
+        trainable_parameters=learner.model.trainable_parameters,
         stored_numbers=sum(
             t.numel() for t in _tensors([learner.model.learned(), *(p.state_dict() for p in learner.protections)])
         ),
@@ -377,17 +367,13 @@ def _run(
         command=command,
         drift=trainer.meter.drift if trainer.meter is not None else [],
         usage=trainer.usage,
+        by_class=trainer.by_class,
         parts={name: list(own) for name, own in stream.parts.items()} if isinstance(stream, JoinedStream) else {},
     )
     if fabric.is_global_zero:
         checkpoint.save_learned(folder, learner.model.learned())
         record.write(folder / RESULTS)
     return record
-
-
-def _test_batch(transductive: bool, size: int) -> dict[str, str | int]:
-    """Return what a reader must know of the batches that test images came in: their size, where it may matter."""
-    return {"test_batch": "transductive", "test_batch_size": size} if transductive else {"test_batch": "independent"}
 
 
 def _tensors(value: Any) -> list[Any]:

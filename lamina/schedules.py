@@ -74,10 +74,18 @@ def warmed(part: float, factor: float, schedule: Schedule) -> Schedule:
     return lambda progress: factor if progress < part else schedule((progress - part) / (1 - part))
 
 
-def rising(part: float, schedule: Schedule) -> Schedule:
-    """Rise from 0 to the learning rate in a part of training, and go through a schedule in the rest of it.
+def rising(part: float, schedule: Schedule, *, start: float = 0.0) -> Schedule:
+    """Rise from a share of the learning rate to it in a part of training, and go through a schedule in the rest.
 
     >>> [round(rising(0.2, cosine())(p), 3) for p in (0.0, 0.05, 0.2, 0.6, 1.0)]
     [0.0, 0.25, 1.0, 0.5, 0.0]
+    >>> [round(rising(0.2, cosine(), start=0.1)(p), 3) for p in (0.0, 0.1, 0.2)]
+    [0.1, 0.55, 1.0]
     """
-    return lambda progress: progress / part if progress < part else schedule((progress - part) / (1 - part))
+
+    def factor(progress: float) -> float:
+        if progress < part:
+            return start + (1 - start) * (progress / part)
+        return schedule((progress - part) / (1 - part))
+
+    return factor

@@ -1,10 +1,11 @@
 """Turn a finished pre-training run into the file that ships with the package.
 
     python pretraining/export.py vit-nano --run runs/vit-nano
+    python pretraining/export.py vit-nano-mae --run runs/vit-nano-mae
     python pretraining/export.py clip-nano --run runs/clip-nano
 
-Weights are kept in float16: of vit-nano those without the classifier of the even classes; of clip-nano the text side
-alone, its token table in eight bits with a scale for each row.
+Weights are kept in float16: of vit-nano those without the classifier of the even classes; of vit-nano-mae the encoder;
+of clip-nano the text side alone, its token table in eight bits with a scale for each row.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from lamina.backbones.load import BUNDLED
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=["vit-nano", "clip-nano"])
+    parser.add_argument("name", choices=["vit-nano", "vit-nano-mae", "clip-nano"])
     parser.add_argument("--run", type=Path, required=True, help="folder of the pre-training run")
     arguments = parser.parse_args()
     name, run = arguments.name, arguments.run
     stem = name.replace("-", "_")
     settings = tomllib.loads((HERE / f"{stem}.toml").read_text())
-    weights, facts = vit_nano(run, settings) if name == "vit-nano" else clip_nano(run, settings)
+    weights, facts = clip_nano(run, settings) if name == "clip-nano" else vit_nano(run, settings)
     said = {key: json.dumps(value) for key, value in facts.items()}
     save_file(weights, BUNDLED / f"{name}.safetensors", metadata=said)
     shutil.copyfile(run / "log.jsonl", HERE / f"{stem}.log.jsonl")

@@ -205,18 +205,7 @@ def augment(images: Tensor, size: int, settings: dict, draw: torch.Generator) ->
     def uniform(low: float, high: float) -> Tensor:
         return torch.rand(count, generator=draw) * (high - low) + low
 
-    scale = uniform(settings["crop_area"], 1.0).sqrt()
-    ratio = (uniform(-1, 1) * math.log(4 / 3) / 2).exp()
-    wide, high = (scale * ratio).clamp(max=1.0), (scale / ratio).clamp(max=1.0)
-    flip = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
-    theta = torch.zeros(count, 2, 3)
-    theta[:, 0, 0], theta[:, 1, 1] = wide * flip, high
-    theta[:, 0, 2], theta[:, 1, 2] = uniform(-1, 1) * (1 - wide), uniform(-1, 1) * (1 - high)
-    inner = 2 * size if 2 * size <= images.shape[-1] else size
-    grid = F.affine_grid(theta, [count, 3, inner, inner], align_corners=False)
-    out = F.grid_sample(images.float() / 255, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-    if inner != size:
-        out = F.avg_pool2d(out, 2)
+    out = cropped(images, size, settings["crop_area"], draw)
     strength = settings["colour"]
     grey = out.mean(1, keepdim=True)
     saturation = torch.where(uniform(0, 1) < settings["grey"], 0.0, uniform(1 - strength, 1 + strength))
@@ -232,6 +221,35 @@ def augment(images: Tensor, size: int, settings: dict, draw: torch.Generator) ->
     inside_y = (line >= y[:, None]) & (line < (y + side)[:, None])
     erased = inside_y[:, :, None] & inside_x[:, None, :] & (uniform(0, 1) < settings["erase"])[:, None, None]
     return out.masked_fill(erased[:, None], 0.0)
+
+
+def cropped(images: Tensor, size: int, area: float, draw: torch.Generator) -> Tensor:
+    """Crop and flip each image by draws of its own.
+
+    Args:
+        images: (B, 3, 64, 64), uint8.
+        size: of the result; at half size or less the crop is taken at twice the size and averaged.
+        area: smallest share of an image that a crop keeps.
+
+    Returns:
+        (B, 3, size, size), float32 in [0, 1].
+    """
+    count = len(images)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.rand(count, generator=draw) * (high - low) + low
+
+    scale = uniform(area, 1.0).sqrt()
+    ratio = (uniform(-1, 1) * math.log(4 / 3) / 2).exp()
+    wide, high = (scale * ratio).clamp(max=1.0), (scale / ratio).clamp(max=1.0)
+    flip = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
+    theta = torch.zeros(count, 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1] = wide * flip, high
+    theta[:, 0, 2], theta[:, 1, 2] = uniform(-1, 1) * (1 - wide), uniform(-1, 1) * (1 - high)
+    inner = 2 * size if 2 * size <= images.shape[-1] else size
+    grid = F.affine_grid(theta, [count, 3, inner, inner], align_corners=False)
+    out = F.grid_sample(images.float() / 255, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    return F.avg_pool2d(out, 2) if inner != size else out
 
 
 def mixed(images: Tensor, hot: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,13 @@ from lamina.data.transforms import InputSpec
 from lamina.training.feed import Feed
 from lamina.training.trainer import Trainer
 
+#: what the sentence for an unknown stream lists
+KNOWN_STREAMS = (
+    "ade20k, cifar10, cifar100, digits, digits-domains, fgvc-NAME, folder-domains:PATH, folder:PATH, medical-NAME, "
+    "segment-digits, tiny-even-10, tiny-even-10-full, tiny-imagenet, tiny-odd-10, tiny-odd-10-full, tiny-odd-1x10, "
+    "tiny-odd-1x50, vtab-NAME"
+)
+
 SPEC = InputSpec(size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
 

@@ -22,6 +22,7 @@ from lamina.results.records import Record
 from lamina.runs import RECIPES
 from lamina.training.trainer import Stopped
 from tests.commands import called
+from tests.streams import KNOWN_STREAMS
 
 SMALL = ["--stream", "digits", "--set", "stream.per_class=3", "--set", "stream.test_per_class=2"]
 
@@ -158,9 +159,7 @@ SETTINGS = (
         ),
         (
             ["run", "nearest-mean", "--stream", "digit"],
-            "no stream is called 'digit'; did you mean 'digits'? Known: cifar10, cifar100, digits, "
-            "digits-domains, folder-domains:PATH, folder:PATH, tiny-even-10, tiny-even-10-full, tiny-imagenet, "
-            "tiny-odd-10, tiny-odd-10-full",
+            f"no stream is called 'digit'; did you mean 'digits'? Known: {KNOWN_STREAMS}",
         ),
         (
             ["run", "nearest-mean", "--stream", "digits", "--backbone", "lamina:vit-nona"],

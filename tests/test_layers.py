@@ -22,8 +22,8 @@ LAYERS = [
     {"drift", "learner"},
     {"methods", "training"},
     {"runs"},
-    {"continual"},
-    {"lessons", "predictions", "estimator", "export"},
+    {"continual", "selection"},
+    {"lessons", "predictions", "estimator", "explain", "export"},
     {"catalogue", "console"},
     {"cli"},
 ]
@@ -32,7 +32,7 @@ FILES = sorted(path for path in ROOT.rglob("*.py") if path.name != "__init__.py"
 
 #: libraries that only these files may import
 ALONE = {
-    "timm": {"backbones/timm_vit.py", "backbones/load.py", "machine.py"},
+    "timm": {"backbones/timm_vit.py", "backbones/load.py", "backbones/checkpoints.py", "machine.py"},
     "open_clip": {f"backbones/{name}.py" for name in ("clip", "clip_text", "clip_blocks", "clip_load", "load")}
     | {"heads/templates.py"},
     "lightning_fabric": {
@@ -42,7 +42,7 @@ ALONE = {
         "training/launch.py",
         "continual.py",
     },
-    "typer": {"cli/shared.py", "cli/streams.py", "cli/models.py", "cli/lists.py"},
+    "typer": {f"cli/{name}.py" for name in ("shared", "streams", "models", "lists", "explain", "transfer", "data")},
     "rich": {"cli/shared.py", "console.py"},
 }
 

@@ -25,7 +25,7 @@ from lamina.backbones.clip_blocks import (
 )
 from lamina.backbones.clip_text import TextTower
 from lamina.backbones.timm_vit import full_name, normalised
-from lamina.backbones.tower import Tower
+from lamina.backbones.tower import Grid, Tower
 from lamina.errors import ShapeError, UnsupportedBackbone
 
 
@@ -59,6 +59,7 @@ class ClipImageTower(Tower):
     """
 
     readout = slice(0, 1)
+    first_patch = 1
 
     def __init__(self, model: nn.Module, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -71,6 +72,7 @@ class ClipImageTower(Tower):
         self.width, self.depth = side.class_embedding.shape[0], len(self.stack)
         self.features = self.width if side.proj is None else side.proj.shape[1]
         self.size: tuple[int, int] = side.image_size
+        self.patch_size = self.patches.weight[0].numel()
         self.dtype, self.normed, self.joint = dtype, True, True
         self.to(dtype)
         self.freeze()
@@ -85,6 +87,9 @@ class ClipImageTower(Tower):
         patches = self.patches(inputs.to(self.dtype)).flatten(2).transpose(1, 2)
         first = self.class_token.expand(patches.shape[0], 1, -1)
         return self.pre_norm(torch.cat([first, patches], dim=1) + self.positions), None
+
+    def grid(self, inputs: Tensor) -> Grid:
+        return Grid(1, *(side // step for side, step in zip(self.size, self.patches.stride, strict=True)))
 
     def class_position(self) -> Tensor | None:
         return self.positions[0] if isinstance(self.first, nn.Identity) else None

@@ -2,7 +2,7 @@
 
 lamina:NAME         a small backbone of ours that ships with the package; clip-nano is vit-nano with a text side
 timm:NAME.TAG       a timm model with its published weights, fetched once and then kept by timm
-timm:NAME@PATH      the same architecture with weights from a local file
+timm:NAME@PATH      the same architecture with weights from a local file: timm's, or one that `checkpoints.py` knows
 timm:NAME@random    the same architecture untrained, for measuring speed
 
 Both towers of a CLIP model, the text side as `Tower.text` of the image tower; published weights are kept by open_clip:
@@ -11,6 +11,11 @@ open_clip:MODEL:TAG             an open_clip model with published weights
 open_clip:MODEL:PATH            the same with weights from a local file; whether they want QuickGELU, only you know
 open_clip:MODEL@random          the same untrained
 open_clip:local-dir:FOLDER      a folder with open_clip_config.json and weights
+
+Behind a name of the first four kinds may stand what features are read from, if not what the backbone itself says:
+
+NAME#mean_patch     cls (the class token), mean_patch (the mean of all patches), mean_all (of all patches and prompts)
+NAME#cls,fresh      the same, behind a last norm with weight 1 and bias 0; `pretrained` is the backbone's own
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import timm
 import torch
@@ -27,9 +32,10 @@ from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from lamina.backbones.checkpoints import load_weights
 from lamina.backbones.timm_vit import TimmTower
-from lamina.backbones.tower import Tower
-from lamina.errors import ConfigError, UnsupportedBackbone, unknown
+from lamina.backbones.tower import FinalNorm, Pooling, Tower
+from lamina.errors import ConfigError, LaminaError, UnsupportedBackbone, unknown
 
 if TYPE_CHECKING:
     from lamina.backbones.clip import TextSide
@@ -45,7 +51,7 @@ class Backbone:
     """A frozen tower under its name, and the pixels that it takes.
 
     Attributes:
-        name: as given.
+        name: as given, with what features are read from.
         tower: frozen, in the dtype asked for.
         pixels: size, mean, std, interpolation and crop_pct, as in timm's data configuration.
     """
@@ -74,32 +80,34 @@ def load_backbone(name: str, *, dtype: torch.dtype = torch.float32) -> Backbone:
         dtype: of the frozen weights.
 
     Raises:
-        ConfigError: when the name or its weights cannot be found.
+        ConfigError: when the name or its weights cannot be found, or it has not what is to be read.
         UnsupportedBackbone: when its blocks cannot be prompted.
     """
-    family, colon, rest = name.partition(":")
+    plain, pooling, norm = _parts(name)
+    family, colon, rest = plain.partition(":")
     if family == "open_clip" and rest:
         from lamina.backbones.clip_load import load_clip  # only here: its import takes a while
 
-        return Backbone(name, *load_clip(name, rest, dtype=dtype))
+        pair, said = load_clip(plain, rest, dtype=dtype)
+        return Backbone(name, _read_by(pair, name, pooling, norm), said)
     text: TextSide | None = None
     model: torch.nn.Module
     if family == "lamina" and colon:
         with torch.random.fork_rng(devices=[]):  # models are built with random weights before they get ours
-            weights, facts = _bundled(name, rest)
+            weights, facts = _bundled(plain, rest)
             if "text" in facts:
                 text = _text_side(weights, facts, dtype=dtype)
-                weights, facts = _bundled(name, facts["images"])
+                weights, facts = _bundled(plain, facts["images"])
             model = _vit(weights, facts)
     elif family == "timm" and rest:
-        model = _timm(name, rest)
+        model = _timm(plain, rest)
     else:
         raise ConfigError(
-            f"{unknown('backbone', name, bundled_names())}; or timm:NAME, or open_clip:MODEL:TAG, see "
+            f"{unknown('backbone', plain, bundled_names())}; or timm:NAME, or open_clip:MODEL:TAG, see "
             "`lamina list backbones`"
         )
     if not isinstance(model, VisionTransformer):
-        raise UnsupportedBackbone(f"{name} is a {type(model).__name__}; lamina can prompt timm's VisionTransformer")
+        raise UnsupportedBackbone(f"{plain} is a {type(model).__name__}; lamina can prompt timm's VisionTransformer")
     config = resolve_model_data_config(model)
     pixels = {
         "size": config["input_size"][-1],
@@ -110,7 +118,38 @@ def load_backbone(name: str, *, dtype: torch.dtype = torch.float32) -> Backbone:
     }
     tower = TimmTower(model, dtype=dtype)
     tower.text = text
-    return Backbone(name, tower, pixels)
+    return Backbone(name, _read_by(tower, name, pooling, norm), pixels)
+
+
+def _parts(name: str) -> tuple[str, Pooling | None, FinalNorm]:
+    """Split a backbone's name from what features are read from: "lamina:vit-nano#mean_all,fresh".
+
+    A file's name may hold a # of its own.
+
+    Raises:
+        ConfigError: when nothing is called so.
+    """
+    plain, mark, said = name.rpartition("#")
+    if not mark or Path(name.partition("@")[2]).is_file():
+        return name, None, "pretrained"
+    words = [word.strip() for word in said.split(",")]
+    for word in words:
+        if word not in (*get_args(Pooling), *get_args(FinalNorm)):
+            raise ConfigError(f"{name}: {unknown('read-out', word, [*get_args(Pooling), *get_args(FinalNorm)])}")
+    poolings, norms = ([word for word in words if word in get_args(kind)] for kind in (Pooling, FinalNorm))
+    if len(poolings) > 1 or len(norms) > 1:
+        raise ConfigError(f"{name}: features are read in one way; got {said}: name one pooling and one norm at most")
+    return plain, poolings[0] if poolings else None, norms[0] if norms else "pretrained"  # type: ignore[return-value]
+
+
+def _read_by(tower: Tower, name: str, pooling: Pooling | None, norm: FinalNorm) -> Tower:
+    """Return a tower whose features are read as asked."""
+    if pooling is None and norm == "pretrained":
+        return tower
+    try:
+        return tower.reading(pooling, norm)
+    except LaminaError as error:
+        raise type(error)(f"{name}: {error}") from None
 
 
 def _bundled(name: str, stem: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -161,13 +200,18 @@ def _timm(name: str, rest: str) -> torch.nn.Module:
         with torch.random.fork_rng(devices=[]):  # the same weights in every process, or a run could not be resumed
             torch.manual_seed(0)
             return timm.create_model(architecture, pretrained=False, num_classes=0)
-    if at and not Path(weights).is_file():
-        raise ConfigError(f"{name}: there is no file {weights}")
-    place = {"file": weights} if at else None
+    if at:
+        if not Path(weights).is_file():
+            raise ConfigError(f"{name}: there is no file {weights}")
+        with torch.random.fork_rng(devices=[]):
+            model = timm.create_model(architecture, pretrained=False, num_classes=0)
+        if isinstance(model, VisionTransformer):  # others are refused, whatever their weights
+            load_weights(model, architecture, Path(weights))
+        return model
     try:
-        return timm.create_model(architecture, pretrained=True, num_classes=0, pretrained_cfg_overlay=place)
+        return timm.create_model(architecture, pretrained=True, num_classes=0)
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        hint = "" if at else "; without a network, give a local file: timm:NAME@PATH"
         raise ConfigError(
-            f"the weights of {name} cannot be loaded ({str(error).strip().splitlines()[0]}){hint}"
+            f"the weights of {name} cannot be loaded ({str(error).strip().splitlines()[0]}); without a network, give a "
+            "local file: timm:NAME@PATH"
         ) from None

@@ -57,6 +57,13 @@ class FrozenLinear(nn.Module):
                 self.weight = None
         return _Product.apply(x, self._ahead, self._transposed, self.bias)
 
+    def plain(self) -> nn.Linear:
+        """Return a plain layer of the same weight and bias, taken over, not copied: one that can learn."""
+        self._unpack()
+        layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        layer.weight, layer.bias = self.weight, self.bias
+        return layer
+
     def _transposed(self) -> Tensor:
         if self._back is None:
             self._back = _pack(self._ahead.to_dense().t())
@@ -74,6 +81,14 @@ class FrozenLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         self._unpack()
         return self.__dict__
+
+
+def use_plain_layers(module: nn.Module) -> None:
+    """Replace every frozen layer inside a module by a plain one."""
+    for part in list(module.modules()):
+        for name, child in part.named_children():
+            if isinstance(child, FrozenLinear):
+                setattr(part, name, child.plain())
 
 
 class _Product(torch.autograd.Function):

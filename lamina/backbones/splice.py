@@ -77,11 +77,13 @@ class Encoded:
         features: (B, F), float32; float64 if the tower computes in it.
         tokens: (B, N, D) after the last block, or None when only the features were asked for.
         prompts: (B, M, D). What became of the prompt slots, after the final norm; None without slots.
+        after: (B, N, D) each. The frozen sequence as the blocks that were asked for leave it, in the order asked.
     """
 
     features: Tensor
     tokens: Tensor | None = None
     prompts: Tensor | None = None
+    after: tuple[Tensor, ...] = ()
 
 
 class PromptPass:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from typing import Any
+import math
+from typing import Any, get_args
 
 import timm
 import torch
@@ -15,8 +16,8 @@ from torch.nn import functional as F
 
 from lamina.backbones.block import BlockView
 from lamina.backbones.packed import FrozenLinear, linear
-from lamina.backbones.tower import Tower
-from lamina.errors import UnsupportedBackbone
+from lamina.backbones.tower import FinalNorm, Grid, Pooling, Tower
+from lamina.errors import ConfigError, UnsupportedBackbone
 
 
 class _TimmBlock:
@@ -65,7 +66,8 @@ class _TimmBlock:
 def some_rows(layer: Any, h: Tensor, rows: slice) -> Tensor:
     """Apply some rows of a joint projection; a frozen layer's slices cost no copy."""
     bias = None if layer.bias is None else layer.bias[rows]
-    return linear(h.to(layer.weight.dtype), layer.weight[rows], bias)
+    product = linear if isinstance(layer, FrozenLinear) else F.linear  # the first gives weights no gradient
+    return product(h.to(layer.weight.dtype), layer.weight[rows], bias)
 
 
 def split_heads(x: Tensor, parts: int, heads: int) -> Tensor:
@@ -92,7 +94,10 @@ class TimmTower(Tower):
         self.fingerprint = fingerprint(model)
         if type(model).forward_head is VisionTransformer.forward_head and model.global_pool == "token":
             self.readout = slice(0, 1)
-        self.dtype, self.normed = dtype, True
+        self.first_patch = model.num_prefix_tokens
+        self.patch_size = 3 * math.prod(model.patch_embed.patch_size)
+        self.dtype, self.normed, self.fresh = dtype, True, False
+        self.pooling: Pooling | None = None  # as timm pools
         self.model = model.to(dtype)
         blocks: Any = model.blocks
         for block in blocks:
@@ -113,6 +118,9 @@ class TimmTower(Tower):
         m = self.model
         return m.norm_pre(m.patch_drop(m._pos_embed(m.patch_embed(inputs.to(self.dtype))))), None
 
+    def grid(self, inputs: Tensor) -> Grid:
+        return Grid(self.model.num_prefix_tokens, *self.model.patch_embed.dynamic_feat_size(inputs.shape[-2:]))
+
     def class_position(self) -> Tensor | None:
         m = self.model
         if m.cls_token is None or m.pos_embed is None or m.no_embed_class or not isinstance(m.norm_pre, nn.Identity):
@@ -126,12 +134,60 @@ class TimmTower(Tower):
         return self.model.norm_pre.weight if isinstance(self.model.norm_pre, nn.LayerNorm) else None
 
     def final_norm(self, x: Tensor) -> Tensor:
+        if self.fresh:
+            return F.layer_norm(x, x.shape[-1:], eps=self._last_norm().eps)
         return normalised(self.model.norm, x)
 
+    def _last_norm(self) -> Any:
+        """Return the norm behind the last block; models that average have it behind the mean."""
+        return self.model.fc_norm if isinstance(self.model.norm, nn.Identity) else self.model.norm
+
     def pool(self, tokens: Tensor) -> Tensor:
+        if self.pooling is None:
+            if not self.normed:
+                return self.model.pool(tokens)
+            return self.model.forward_head(self.final_norm(tokens), pre_logits=True)
+        if self.pooling == "cls":
+            x = tokens[:, 0]
+        else:
+            dtype = torch.promote_types(tokens.dtype, torch.float32)
+            x = tokens[:, self.first_patch :].mean(1, dtype=dtype)
         if not self.normed:
-            return self.model.pool(tokens)
-        return self.model.forward_head(self.final_norm(tokens), pre_logits=True)
+            return x
+        return self.final_norm(x) if self.fresh else normalised(self.model.fc_norm, self.final_norm(x))
+
+    def reading(self, pooling: Pooling | None = None, norm: FinalNorm = "pretrained") -> TimmTower:
+        own = self._own_pooling()
+        if self.text is not None:
+            raise UnsupportedBackbone("the text side lives beside the features of the image tower, so these stay")
+        if pooling == "cls" and self.model.cls_token is None:
+            raise ConfigError("there is no class token to read; take mean_patch or mean_all")
+        if norm == "fresh" and not isinstance(self._last_norm(), nn.LayerNorm):
+            raise ConfigError(f"the last norm is a {full_name(self._last_norm())}, not a layer norm; leave out fresh")
+        if pooling is None and own is None:
+            raise ConfigError(
+                f"it pools by {self.model.global_pool!r}, which is none of {', '.join(get_args(Pooling))}; "
+                f"name one of these beside {norm}"
+            )
+        if pooling in (None, own) and (norm == "fresh") == self.fresh:
+            return self
+        out = copy.copy(self)
+        out.pooling, out.fresh = pooling or own, norm == "fresh"
+        out.readout = slice(0, 1) if out.pooling == "cls" else None
+        out.reads_prompts = out.pooling == "mean_all"
+        out.features = self.width
+        out.fingerprint = f"{self.fingerprint}-{out.pooling}{'-fresh' if out.fresh else ''}"
+        return out
+
+    def _own_pooling(self) -> Pooling | None:
+        """Return the name of what features are made of; None where it has none."""
+        if self.pooling is not None:
+            return self.pooling
+        if self.readout == slice(0, 1):
+            return "cls" if self.model.cls_token is not None else None
+        m = self.model
+        plain = type(m).forward_head is VisionTransformer.forward_head and m.attn_pool is None
+        return "mean_patch" if plain and m.global_pool == "avg" and isinstance(m.norm, nn.Identity) else None
 
     def unnormed(self) -> TimmTower:
         out = copy.copy(self)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import sys
 
+import lamina.cli.data
+import lamina.cli.explain
 import lamina.cli.lists
 import lamina.cli.models
-import lamina.cli.streams  # noqa: F401 - importing these three is what fills the app
+import lamina.cli.streams
+import lamina.cli.transfer  # noqa: F401 - importing these is what fills the app
 from lamina.cli.shared import app
 from lamina.errors import LaminaError
 from lamina.text import printable

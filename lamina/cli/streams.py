@@ -151,6 +151,7 @@ def _show(records: list[Any], as_json: bool, place: Path, columns: Sequence[str]
         values = [record.as_dict() for record in records]
         print(json.dumps(values[0] if len(values) == 1 else values))
         return
+    from lamina.results.groups import by_group
     from lamina.results.tables import by_part, headline, protocol_line, usual_columns
 
     streams = list(dict.fromkeys(record.stream for record in records))
@@ -161,6 +162,8 @@ def _show(records: list[Any], as_json: bool, place: Path, columns: Sequence[str]
             print_table(each, title="accuracy over test images, of all data sets and of each")
         for line in dict.fromkeys(protocol_line(record) for record in own):
             print(line)
+    if len(streams) > 1 and (groups := by_group(records)):
+        print_table(groups, title="VTAB-1K, mean accuracy over data sets")
     if len(records) == 1 and records[0].old_drift:
         print(
             f"old features moved by {percent(records[0].old_drift[-1][-1])} of their spread "

@@ -8,6 +8,9 @@ import numpy as np
 
 from lamina.seeds import seed_at
 
+#: of each class's training images, what is set aside where a data set has no validation images
+USUAL_SHARE = 0.2
+
 
 def first_of_each(found: np.ndarray, labels: np.ndarray, count: int | None) -> np.ndarray:
     """Return the sorted indices of the first `count` images of each label in `labels`.
@@ -27,6 +30,22 @@ def parted(found: np.ndarray, wanted: np.ndarray, share: float) -> tuple[np.ndar
         kept.append(own[:cut])
         held.append(own[cut:])
     return np.sort(np.concatenate(kept)), np.sort(np.concatenate(held))
+
+
+def set_aside(
+    found: np.ndarray, wanted: np.ndarray, validation: np.ndarray, share: float | None
+) -> tuple[np.ndarray, np.ndarray, str]:
+    """Part training images into those to learn from and those to choose settings on; say in words what the latter are.
+
+    Args:
+        found: (n,), int64. The label of every image.
+        wanted: (m,), int64. The images to part.
+        validation: (v,), int64. Those that the data set sets aside itself.
+        share: of each label, the last, to set aside instead; None takes those of the data set, or else a fifth.
+    """
+    if share is None and len(validation):
+        return np.setdiff1d(wanted, validation), np.intersect1d(wanted, validation), "validation images"
+    return *parted(found, wanted, USUAL_SHARE if share is None else share), "held-out training images"
 
 
 def with_labels(found: np.ndarray, wanted: np.ndarray, labels: np.ndarray) -> np.ndarray:

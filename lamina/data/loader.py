@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lamina.data.labelled import labelled
 from lamina.data.stream import Split
 from lamina.data.transforms import Transform
 from lamina.data.views import View
@@ -67,7 +68,7 @@ class Step(NamedTuple):
 
     Attributes:
         images: (b, 3, size, size), float32, normalised.
-        columns: (b,), int64.
+        columns: (b,), int64; (b, size, size) where images have label maps.
         positions: (b,), int64. The place of each image in its split.
         views: (b,), int64. Which of its fixed views each image shows; 0 where there are none.
         size: images in the global batch, over all processes.
@@ -89,7 +90,7 @@ class PlainBatch(NamedTuple):
 
     Attributes:
         images: (b, 3, size, size), float32, normalised.
-        columns: (b,), int64.
+        columns: (b,), int64; (b, size, size) where images have label maps.
         positions: (b,), int64. The place of each image in its split.
     """
 
@@ -234,7 +235,8 @@ def _plain(split: Split, view: View, mine: np.ndarray, batch_size: int) -> Itera
         else:
             indices = split.first_indices[positions].tolist()
             seen = _seen(pixels, [_viewed(view, index) for index in indices])
-        yield PlainBatch(transform.normalised(seen), _columns(split, positions), torch.from_numpy(positions))
+        pixels, columns = _apart(seen, split, positions)
+        yield PlainBatch(transform.normalised(pixels), columns, torch.from_numpy(positions))
 
 
 class _Steps:
@@ -278,12 +280,13 @@ class _Steps:
             repeat=self.repeat,
             views=max(1, len(self.views)),
         )
-        images = self.transform.normalised(self._augmented(part))
+        pixels, columns = _apart(self._augmented(part), self.split, part.positions)
+        images = self.transform.normalised(pixels)
         places, views = torch.from_numpy(part.positions), torch.from_numpy(part.views)
-        return Step(images, _columns(self.split, part.positions), places, views, part.size, part.weight)
+        return Step(images, columns, places, views, part.size, part.weight)
 
     def _augmented(self, part: Part) -> Tensor:
-        """Return uint8 (b, 3, size, size)."""
+        """Return uint8 (b, 3, size, size), or (b, 4, size, size) with label maps."""
         pixels = _pixels(self.split, part.positions)
         if self.views:
             shown = zip(part.views.tolist(), self.split.first_indices[part.positions].tolist(), strict=True)
@@ -307,8 +310,8 @@ def _viewed(view: View, index: int) -> tuple[Transform, int]:
 
 def _seen(pixels: Iterable[Tensor], ways: Sequence[tuple[Transform, int]]) -> Tensor:
     """Return uint8 (b, 3, size, size): each image by its own transform, which draws under its own seed."""
-    size = ways[0][0].spec.size
-    out = torch.empty(len(ways), 3, size, size, dtype=torch.uint8)
+    first = ways[0][0]
+    out = torch.empty(len(ways), first.channels, first.spec.size, first.spec.size, dtype=torch.uint8)
     before = torch.get_rng_state()
     try:
         for place, (image, (transform, seed)) in enumerate(zip(pixels, ways, strict=True)):
@@ -321,11 +324,23 @@ def _seen(pixels: Iterable[Tensor], ways: Sequence[tuple[Transform, int]]) -> Te
 
 
 def _pixels(split: Split, positions: np.ndarray) -> Tensor | list[Tensor]:
-    """Return the images as one tensor (b, 3, height, width) where the set can, else one by one."""
+    """Return the images as one tensor (b, 3, height, width) where the set can, else one by one.
+
+    Label maps come along as a fourth channel: whatever moves a pixel moves its label.
+    """
     indices = split.indices[positions]
+    if split.dense:
+        return [labelled(split.images, int(index)) for index in indices]
     batch = getattr(split.images, "batch", None)
     together = batch(indices) if batch is not None else None
     return together if together is not None else [split.images.image(int(index)) for index in indices]
+
+
+def _apart(seen: Tensor, split: Split, positions: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Return pixels (b, 3, size, size), uint8, and columns: (b,), or (b, size, size) where images have label maps."""
+    if not split.dense:
+        return seen, _columns(split, positions)
+    return seen[:, :3], seen[:, 3].long()
 
 
 def _columns(split: Split, positions: np.ndarray) -> Tensor:

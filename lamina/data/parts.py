@@ -135,6 +135,7 @@ def joined(name: str, streams: Sequence[Stream]) -> JoinedStream:
         ),
         skipped=sum(stream.skipped for stream in streams),
         kind=" and ".join(kinds),
+        tested_on=" and ".join(dict.fromkeys(stream.tested_on for stream in streams)),
         details={
             "parts": ", ".join(f"{part} in {_counted(own)}" for part, own in parts.items()),
             **({"shared_classes": len(shared)} if shared else {}),

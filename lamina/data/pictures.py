@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -55,12 +55,19 @@ class Source:
         train, test: its images.
         domains: names of the kinds of images in which every class comes again; label d * len(classes) + c is then
             that of class c in domain d. Empty where there is one kind.
+        validation: (v,), int64. The training images that the data set itself sets aside for choosing settings.
+        closed: whether the data set says which classes there are, so that each has a column even where a small draw of
+            training images has none of it.
+        details: what a reader of numbers must know of how it was read, by name.
     """
 
     classes: Sequence[str]
     train: Pictures
     test: Pictures
     domains: Sequence[str] = ()
+    validation: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    closed: bool = False
+    details: Mapping[str, str | int | float] = field(default_factory=dict)
 
 
 class ArrayPictures:

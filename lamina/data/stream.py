@@ -113,6 +113,11 @@ class Split:
             return self.indices
         return np.concatenate([origin.split.first_indices[origin.positions] for origin in self.origins])
 
+    @property
+    def dense(self) -> bool:
+        """Whether images have label maps, a column for each pixel; see `lamina.data.labelled`."""
+        return hasattr(self.images, "mask")
+
     def take(self, positions: np.ndarray) -> Split:
         """Return the images at some positions (k,), in that order; where they come from is remembered."""
         few = replace(self, indices=self.indices[positions], columns=self.columns[positions])
@@ -166,6 +171,7 @@ class Stream:
         skipped: images left out because they could not be read.
         kind: of what comes with a new task: other classes, other images of the same classes, or some of both.
         details: what else a reader of numbers must know of it, by name.
+        tested_on: which images are tested on, in words.
     """
 
     name: str
@@ -175,11 +181,17 @@ class Stream:
     skipped: int = 0
     kind: str = "class-incremental"
     details: Mapping[str, str | int | float] = field(default_factory=dict)
+    tested_on: str = "test images"
 
     @property
     def columns(self) -> int:
         """How many columns the head has in the end: classes, each counted once."""
         return 1 + max(column for task in self.tasks for column in task.columns)
+
+    @property
+    def dense(self) -> bool:
+        """Whether pixels are told apart in place of images."""
+        return any(task.train.dense for task in self.tasks)
 
     def __iter__(self) -> Iterator[Task]:
         return iter(self.tasks)

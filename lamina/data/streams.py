@@ -1,9 +1,9 @@
-"""Streams by name: which classes of which data set arrive in which order."""
+"""From settings to a stream: which classes of which data set arrive in which order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +12,10 @@ from pydantic import Field, field_validator
 
 from lamina.config import Settings
 from lamina.data import sources
-from lamina.data.choosing import dealt, first_of_each, parted, with_labels
-from lamina.data.domains import DIGIT_DOMAINS, digit_domains
-from lamina.data.folder import domain_folder_source, folder_source
-from lamina.data.parts import joined, part_names, refuse_shared, shared_out, unescaped
+from lamina.data.choosing import dealt, first_of_each, set_aside, with_labels
+from lamina.data.dense_streams import DenseSource, dense_stream
+from lamina.data.named import STREAMS as STREAMS, NamedStream as NamedStream, named_stream as named_stream
+from lamina.data.parts import joined, part_names, refuse_shared, shared_out
 from lamina.data.pictures import Source
 from lamina.data.stream import Stream
 from lamina.data.tasks import fingerprint_of, in_columns, refuse_empty
@@ -47,6 +47,11 @@ class StreamSettings(Settings):
         gt=0,
         lt=1,
         description="for tuning: test on this share of the training images, the last of each class",
+    )
+    test_on: Literal["test", "validation"] | None = Field(
+        default=None,
+        description="None is test; validation, for tuning, tests on the data set's own validation images, or else on a "
+        "fifth of the training images, and learns from the others alone",
     )
     blurry: float | None = Field(
         default=None,
@@ -81,89 +86,6 @@ class StreamSettings(Settings):
         raise ValueError(f"must be a whole number from 1 up, or a list of them; got {value!r}")
 
 
-@dataclass(frozen=True)
-class NamedStream:
-    """A row of the table of streams.
-
-    Attributes:
-        description: one line for people.
-        source: from (what follows the colon in the name, root of the data sets, max_side) to the data set.
-        values: settings that hold unless others are given.
-    """
-
-    description: str
-    source: Callable[[str, Path, int], Source]
-    values: Mapping[str, Any] = field(default_factory=dict)
-
-
-def _tiny(parity: str, per_class: int | None) -> NamedStream:
-    images = f"the first {per_class}" if per_class else "all 500"
-    purpose = "" if parity == "odd" else ", for tuning only"
-    return NamedStream(
-        f"Tiny-ImageNet, {parity} labels: ten tasks of ten classes, {images} images of each{purpose}",
-        lambda path, root, max_side: sources.tiny_imagenet(root),
-        {"tasks": 10, "classes": parity} | ({"per_class": per_class} if per_class else {}),
-    )
-
-
-#: name -> how to build it; `folder:PATH` stands for every name that begins with `folder:`, and so on
-STREAMS: dict[str, NamedStream] = {
-    "digits": NamedStream(
-        "scikit-learn's handwritten digits, 8 x 8 pixels: five tasks of two classes; needs no files",
-        lambda path, root, max_side: sources.digits(),
-        {"tasks": 5},
-    ),
-    "folder:PATH": NamedStream(
-        "a folder of images, train/CLASS/* and test/CLASS/* or val/CLASS/*: one task unless told otherwise",
-        lambda path, root, max_side: folder_source(Path(path), max_side),
-        {"tasks": 1},
-    ),
-    "digits-domains": NamedStream(
-        f"the digits in {len(DIGIT_DOMAINS)} domains, a task each: {', '.join(DIGIT_DOMAINS)}; needs no files",
-        lambda path, root, max_side: digit_domains(),
-    ),
-    "folder-domains:PATH": NamedStream(
-        "a folder of images, train/DOMAIN/CLASS/* and test/DOMAIN/CLASS/*: the same classes again, a domain a task",
-        lambda path, root, max_side: domain_folder_source(Path(path), max_side),
-    ),
-    "cifar10": NamedStream(
-        "CIFAR-10, 32 x 32 pixels: five tasks of two classes; downloaded if it is not there",
-        lambda path, root, max_side: sources.cifar("cifar10", root),
-        {"tasks": 5},
-    ),
-    "cifar100": NamedStream(
-        "CIFAR-100, 32 x 32 pixels: ten tasks of ten classes; downloaded if it is not there",
-        lambda path, root, max_side: sources.cifar("cifar100", root),
-        {"tasks": 10},
-    ),
-    "tiny-imagenet": NamedStream(
-        "Tiny-ImageNet, 64 x 64 pixels: ten tasks of twenty classes",
-        lambda path, root, max_side: sources.tiny_imagenet(root),
-        {"tasks": 10},
-    ),
-    "tiny-odd-10": _tiny("odd", 50),
-    "tiny-odd-10-full": _tiny("odd", None),
-    "tiny-even-10": _tiny("even", 50),
-    "tiny-even-10-full": _tiny("even", None),
-}
-
-
-def named_stream(name: str) -> tuple[NamedStream, str]:
-    """Return the row for the name of a stream, or of a part of one, and the path in the name if it has one.
-
-    Raises:
-        ConfigError: when nobody knows the name, or the path is missing.
-    """
-    kind, _, path = name.partition(":")
-    if (row := STREAMS.get(f"{kind}:PATH")) is not None:
-        if path in ("", "PATH"):
-            raise ConfigError(f"stream {name!r} needs the path of a folder, as in {kind}:photos/birds")
-        return row, unescaped(path)
-    if name not in STREAMS:
-        raise ConfigError(unknown("stream", name, STREAMS))
-    return STREAMS[name], ""
-
-
 def resolved(settings: StreamSettings) -> StreamSettings:
     """Return the settings, of one part, with what the named stream says in place of every None it has a value for.
 
@@ -173,6 +95,16 @@ def resolved(settings: StreamSettings) -> StreamSettings:
     values = {"classes": "all", **named_stream(settings.name)[0].values}
     given = {name: value for name, value in settings.model_dump().items() if value is not None}
     return StreamSettings(**(values | given))
+
+
+def usual_run(name: str) -> dict[str, Any]:
+    """Return the settings of runs that a stream has unless others are given; of several parts, what all agree on.
+
+    Raises:
+        ConfigError: when nobody knows the name.
+    """
+    first, *others = (_row(part, name)[0].run for part in part_names(name))
+    return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
 
 
 def build_stream(settings: StreamSettings, data: Path | None = None, *, max_side: int = 256) -> Stream:
@@ -204,6 +136,9 @@ def build_stream(settings: StreamSettings, data: Path | None = None, *, max_side
         if settings.duplicates is not None:
             raise ConfigError(f"stream.duplicates is for streams of several parts (A+B); {settings.name} is one")
         return _built(parts[0])
+    for part in parts:
+        if isinstance(part.source, DenseSource):
+            raise ConfigError(f"{part.settings.name} has a label for each pixel, so it is no part of another stream")
     if settings.duplicates != "merge":
         refuse_shared(settings.name, {part.settings.name: part.classes for part in parts})
     return joined(settings.name, [_built(part) for part in parts])
@@ -261,20 +196,26 @@ def _source(row: NamedStream, path: str, root: Path, max_side: int) -> Source:
 def _built(part: _Part) -> Stream:
     """Return the stream of one part: choose its images, decode what is needed."""
     settings, source, homes = part.settings, part.source, part.homes
+    if isinstance(source, DenseSource):
+        return dense_stream(settings, source)
     labels = np.sort(np.concatenate(homes))
-    refuse_empty(settings.name, "training", source, labels, source.train.labels)
-    refuse_empty(settings.name, "test", source, labels, source.test.labels)
+    if not source.closed:
+        refuse_empty(settings.name, "training", source, labels, source.train.labels)
+        refuse_empty(settings.name, "test", source, labels, source.test.labels)
     skip = settings.skip_broken
     train_wanted = first_of_each(source.train.labels, labels, settings.per_class)
     test_wanted = first_of_each(source.test.labels, labels, settings.test_per_class)
-    tested = source.test
-    if settings.holdout is not None:
+    tested, tested_on = source.test, "test images"
+    if settings.holdout is not None or settings.test_on == "validation":
         tested = source.train
-        train_wanted, test_wanted = parted(tested.labels, train_wanted, settings.holdout)
+        train_wanted, test_wanted, tested_on = set_aside(
+            tested.labels, train_wanted, source.validation, settings.holdout
+        )
     train, test = source.train.opened(train_wanted, skip), tested.opened(test_wanted, skip)
     train_good, test_good = np.setdiff1d(train_wanted, train.broken), np.setdiff1d(test_wanted, test.broken)
-    refuse_empty(settings.name, "readable training", source, labels, train.labels[train_good])
-    refuse_empty(settings.name, "readable test", source, labels, test.labels[test_good])
+    if not source.closed:
+        refuse_empty(settings.name, "readable training", source, labels, train.labels[train_good])
+        refuse_empty(settings.name, "readable test", source, labels, test.labels[test_good])
     if settings.blurry:
         arriving = dealt(train.labels, train_good, homes, settings.blurry, settings.order_seed)
     else:
@@ -290,7 +231,8 @@ def _built(part: _Part) -> Stream:
         fingerprint=fingerprint_of(tasks, train, test),
         skipped=len(train.broken) + len(test.broken),
         kind=kind,
-        details=details,
+        details={**details, **source.details},
+        tested_on=tested_on,
     )
 
 
@@ -337,6 +279,8 @@ def _kind(
     settings: StreamSettings, source: Source, homes: Sequence[np.ndarray]
 ) -> tuple[str, dict[str, str | int | float]]:
     """Return what kind of stream it is, and what else must be said of it."""
+    if source.closed:
+        return "transfer", {}
     if source.domains:
         places = [int(home[0]) // len(source.classes) for home in homes]
         return "domain-incremental", {"domains": ", ".join(source.domains[place] for place in places)}

@@ -32,7 +32,7 @@ def in_columns(
     column_of = np.full(count, -1, np.int64)
     tasks = []
     for index, (learned, asked) in enumerate(zip(arriving, tested, strict=True)):
-        met = set((train.labels[learned] % count).tolist())
+        met = set(((homes[index] if source.closed else train.labels[learned]) % count).tolist())
         for label in order:
             if label in met:
                 column_of[label] = columns.setdefault(label, len(columns))

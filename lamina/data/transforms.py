@@ -98,12 +98,14 @@ class Transform:
         spec: what the backbone expects.
         random: whether it draws random numbers.
         steps: from uint8 (..., 3, height, width) to uint8 (..., 3, size, size).
+        channels: 3, or 4 where a label map comes along as the last one (`lamina.data.labelled`).
     """
 
     name: str
     spec: InputSpec
     random: bool
     steps: Steps
+    channels: int = 3
 
     def __call__(self, image: Tensor) -> Tensor:
         """Turn an image (3, height, width), uint8, into (3, size, size), uint8.
@@ -114,9 +116,10 @@ class Transform:
             ShapeError: when the image has another shape or type, or is a batch and the transform is random.
         """
         ranks = (3,) if self.random else (3, 4)
-        if image.dtype != torch.uint8 or image.ndim not in ranks or image.shape[-3] != 3:
+        if image.dtype != torch.uint8 or image.ndim not in ranks or image.shape[-3] != self.channels:
             raise ShapeError(
-                f"transform {self.name!r} takes uint8 (3, height, width); got {image.dtype} {tuple(image.shape)}"
+                f"transform {self.name!r} takes uint8 ({self.channels}, height, width); got {image.dtype} "
+                f"{tuple(image.shape)}"
             )
         return self.steps(image)
 
@@ -130,7 +133,8 @@ def names() -> list[str]:
     """Return the name of every transform.
 
     >>> names()
-    ['autoaugment-cifar10', 'autoaugment-imagenet', 'crop-flip', 'flip', 'pad-crop-flip', 'plain']
+    ['autoaugment-cifar10', 'autoaugment-imagenet', 'crop-flip', 'flip', 'pad-crop-flip', 'plain', 'resize-crop', \
+'resize-crop-flip', 'stretch']
     """
     return sorted(_BUILDERS)
 
@@ -152,7 +156,16 @@ def transform(name: str, spec: InputSpec, scale: tuple[float, float] | None = No
     if scale is not None and not 0 < scale[0] <= scale[1] <= 1:
         raise ConfigError(f"scale of transform {name!r} must be 0 < smallest <= largest <= 1; got {scale}")
     steps = _BUILDERS[name](spec, scale or _SCALES.get(name, (1.0, 1.0)))
-    return Transform(name, spec, random=name != "plain", steps=steps)
+    return Transform(name, spec, random=name not in STILL, steps=steps)
+
+
+def still_of(name: str) -> str:
+    """Return the transform of images that are not trained on, where those that are have transform `name`.
+
+    >>> still_of("crop-flip"), still_of("resize-crop-flip"), still_of("stretch")
+    ('plain', 'resize-crop', 'stretch')
+    """
+    return name if name in STILL else _STILL_OF.get(name, "plain")
 
 
 def _plain(spec: InputSpec, scale: tuple[float, float]) -> Steps:
@@ -177,6 +190,33 @@ def _crop_flip(spec: InputSpec, scale: tuple[float, float]) -> Steps:
     return v2.Compose([_area_crop(spec, scale), v2.RandomHorizontalFlip()])
 
 
+def _stretch(spec: InputSpec, scale: tuple[float, float]) -> Steps:
+    # bilinear without a filter before it, as TensorFlow resizes for VTAB
+    def steps(image: Tensor) -> Tensor:
+        size = [spec.size, spec.size]
+        return functional.resize(image, size, interpolation=InterpolationMode.BILINEAR, antialias=False)
+
+    return steps
+
+
+def _resize(spec: InputSpec) -> Steps:
+    # 256 for 224, 438 for 384, 512 for 448
+    short = spec.size * 8 // 7
+
+    def steps(image: Tensor) -> Tensor:
+        return functional.resize(image, [short], interpolation=InterpolationMode.BILINEAR, antialias=True)
+
+    return steps
+
+
+def _resize_crop(spec: InputSpec, scale: tuple[float, float]) -> Steps:
+    return v2.Compose([_resize(spec), v2.CenterCrop(spec.size)])
+
+
+def _resize_crop_flip(spec: InputSpec, scale: tuple[float, float]) -> Steps:
+    return v2.Compose([_resize(spec), v2.RandomCrop(spec.size), v2.RandomHorizontalFlip()])
+
+
 def _flip(spec: InputSpec, scale: tuple[float, float]) -> Steps:
     return v2.Compose([_plain(spec, scale), v2.RandomHorizontalFlip()])
 
@@ -199,9 +239,18 @@ _BUILDERS: Mapping[str, Builder] = {
     "crop-flip": _crop_flip,
     "flip": _flip,
     "pad-crop-flip": _pad_crop_flip,
+    "resize-crop": _resize_crop,
+    "resize-crop-flip": _resize_crop_flip,
+    "stretch": _stretch,
     "autoaugment-cifar10": _auto(v2.AutoAugmentPolicy.CIFAR10),
     "autoaugment-imagenet": _auto(v2.AutoAugmentPolicy.IMAGENET),
 }
+
+#: draws no random numbers
+STILL = ("plain", "resize-crop", "stretch")
+
+#: of what training images look like, how images look that are not trained on; of all others, plain
+_STILL_OF: Mapping[str, str] = {"resize-crop-flip": "resize-crop"}
 
 _SCALES: Mapping[str, tuple[float, float]] = {
     "crop-flip": (0.4, 1.0),

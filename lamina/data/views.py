@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lamina.data.transforms import InputSpec, Transform, transform
+from lamina.data.transforms import STILL, InputSpec, Transform, still_of, transform
 from lamina.errors import ConfigError
 
 #: how to ask for them: the plain image and its mirror image, so many draws of the augmentation, or none that are fixed
@@ -44,10 +44,10 @@ def check_views(views: Any, augmentation: str) -> None:
         return
     if type(views) is not int or views < 1:
         raise ConfigError(f"views must be 'flip' or a whole number from 1 up; got {views!r}")
-    if views > 1 and augmentation == "plain":
+    if views > 1 and augmentation in STILL:
         raise ConfigError(
-            f"augmentation 'plain' draws nothing, so {views} views of an image would all be one; take views=flip, or "
-            "another augmentation"
+            f"augmentation {augmentation!r} draws nothing, so {views} views of an image would all be one; take "
+            "views=flip, or another augmentation"
         )
 
 
@@ -65,8 +65,9 @@ def fixed_views(views: Asked, augmentation: str, spec: InputSpec, seed: int) -> 
     if views is None:
         return ()
     if views == "flip":
-        plain = transform("plain", spec)
-        return View(plain), View(Transform("mirrored", spec, False, lambda image: plain.steps(image).flip(-1)))
+        plain = transform(still_of(augmentation), spec)
+        mirrored = "mirrored" if plain.name == "plain" else f"{plain.name}, mirrored"
+        return View(plain), View(Transform(mirrored, spec, False, lambda image: plain.steps(image).flip(-1)))
     drawn = transform(augmentation, spec)
     return tuple(View(drawn, (seed, "view", number)) for number in range(views))
 

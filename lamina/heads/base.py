@@ -33,11 +33,17 @@ class Head(nn.Module, Watcher):  # in this order: what is remembered is the modu
         decides: the setting, and its value, that makes it so.
         sampling: it draws, so that `samples_of` says something.
         pool_size: how many prompts its images choose from; 0 where there is nothing to choose.
+        after: blocks, from 0, after which it reads the tokens of patches, (K, B, h * w, D) for K of them, in place of
+            features; the labels that it is given are then those of pixels.
+        replaceable: it learns by its loss alone and reads nothing but features, so a method trains as well with another
+            head in its place, such as one for pixels.
     """
 
     transductive: bool = False
     decides: tuple[str, str] = ("", "")
     sampling: bool = False
+    after: tuple[int, ...] = ()
+    replaceable: bool = False
 
     @property
     def pool_size(self) -> int:

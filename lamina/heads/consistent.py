@@ -35,6 +35,7 @@ class ConsistentHead(LinearHead):
         Gao et al., Consistent Prompting for Rehearsal-Free Continual Learning, CVPR 2024.
     """
 
+    replaceable = False
     auxiliary: nn.Linear
 
     def __init__(self, features: int, *, weight: float = 1.0, flatness: float = 1.2, margin: float = 0.0) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -22,9 +23,12 @@ class LinearHead(Head):
         start: of a new layer. "small" draws weights of deviation 0.02 and takes zero biases for every task.
             "released" does so for the first task alone: the second goes on from the first one's trained layer if
             it has as many classes, all others start as `nn.Linear` does. That is how the code of VPT-NSP² behaves.
+            "kaiming" draws weights of deviation (2 / classes)^0.5 and takes biases of -ln 99, as the code of VPT does.
     """
 
-    def __init__(self, features: int, *, start: Literal["small", "released"] = "small") -> None:
+    replaceable = True
+
+    def __init__(self, features: int, *, start: Literal["small", "released", "kaiming"] = "small") -> None:
         super().__init__()
         self.features, self.start = features, start
         self.blocks = nn.ModuleList()
@@ -35,7 +39,10 @@ class LinearHead(Head):
         self.blocks.requires_grad_(False)
         block = nn.Linear(self.features, len(classes))
         olds: list[Any] = list(self.blocks)
-        if self.start == "small" or not olds:
+        if self.start == "kaiming":
+            nn.init.kaiming_normal_(block.weight, mode="fan_out")
+            nn.init.constant_(block.bias, -math.log(99))
+        elif self.start == "small" or not olds:
             nn.init.trunc_normal_(block.weight, std=0.02)
             nn.init.zeros_(block.bias)
         elif len(olds) == 1 and olds[0].out_features == len(classes):

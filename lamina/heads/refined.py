@@ -14,6 +14,8 @@ class RefinedHead(GaussianHead, LinearHead):
         refinement of the CLIP variant.
     """
 
+    replaceable = False
+
     def __init__(self, features: int) -> None:
         super().__init__(features)
         self.remember(features)

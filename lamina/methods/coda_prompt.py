@@ -12,7 +12,7 @@ do not fill a batch, they are used.
 Shared parts, in reading order:
     prompts              lamina.prompts.components.ComponentPrefixes
     classifier           lamina.heads.linear.LinearHead; others by name: lamina.heads.choose.head_of
-    plan of training     lamina.methods.vpt_deep.VPTDeep
+    plan of training     lamina.methods.vpt_deep.InTurn
 
 References:
     Smith et al., CODA-Prompt: COntinual Decomposed Attention-based Prompting for Rehearsal-Free Continual Learning,
@@ -30,14 +30,14 @@ from lamina.backbones.tower import Tower
 from lamina.data.stream import Task
 from lamina.heads.choose import head_of
 from lamina.learner import Learner, Phase
-from lamina.methods.vpt_deep import VPTDeep
+from lamina.methods.vpt_deep import InTurn
 from lamina.model import PromptedModel
 from lamina.prompts.components import ComponentPrefixes
 from lamina.prompts.prefix import blocks_of
 from lamina.schedules import cosine_by_epoch
 
 
-class CODAPrompt(VPTDeep):
+class CODAPrompt(InTurn):
     """Settings beside those of VPT-deep; the defaults are for ten tasks of CIFAR-100 on a ViT-B/16."""
 
     length: int = Field(4, ge=1, description="rows of a component for keys, and as many for values (M)")

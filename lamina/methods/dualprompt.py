@@ -11,7 +11,7 @@ two: an expert has the 20 rows that they take for ImageNet-R, and test images do
 Shared parts, in reading order:
     prompts              lamina.prompts.prefix.ExpertPrefixes
     classifier           lamina.heads.linear.LinearHead; others by name: lamina.heads.choose.head_of
-    plan of training     lamina.methods.vpt_deep.VPTDeep
+    plan of training     lamina.methods.vpt_deep.InTurn
 
 References:
     Wang et al., DualPrompt: Complementary Prompting for Rehearsal-free Continual Learning, ECCV 2022;
@@ -30,14 +30,14 @@ from lamina.backbones.tower import Tower
 from lamina.data.stream import Task
 from lamina.heads.choose import head_of
 from lamina.learner import Learner, Phase
-from lamina.methods.vpt_deep import VPTDeep
+from lamina.methods.vpt_deep import InTurn
 from lamina.model import PromptedModel
 from lamina.prompts.pool import Selection
 from lamina.prompts.prefix import ExpertPrefixes, blocks_of
 from lamina.schedules import constant
 
 
-class DualPrompt(VPTDeep):
+class DualPrompt(InTurn):
     """Settings beside those of VPT-deep; the defaults are for ten tasks of CIFAR-100 on a ViT-B/16."""
 
     length: int = Field(20, ge=1, description="rows of an expert prefix for keys, and as many for values (M)")

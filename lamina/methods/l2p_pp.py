@@ -12,7 +12,7 @@ keys: there each image draws all keys that any image of its batch chose, so keys
 Shared parts, in reading order:
     prompts              lamina.prompts.prefix_pool.PrefixPool
     classifier           lamina.heads.linear.LinearHead; others by name: lamina.heads.choose.head_of
-    plan of training     lamina.methods.vpt_deep.VPTDeep
+    plan of training     lamina.methods.vpt_deep.InTurn
 
 References:
     Wang et al., Learning to Prompt for Continual Learning, CVPR 2022.
@@ -32,7 +32,7 @@ from lamina.backbones.tower import Tower
 from lamina.data.stream import Task
 from lamina.heads.choose import head_of
 from lamina.learner import Learner, Phase
-from lamina.methods.vpt_deep import VPTDeep
+from lamina.methods.vpt_deep import InTurn
 from lamina.model import PromptedModel
 from lamina.prompts.pool import check_choice
 from lamina.prompts.prefix import blocks_of
@@ -40,7 +40,7 @@ from lamina.prompts.prefix_pool import PrefixPool
 from lamina.schedules import cosine_by_epoch
 
 
-class L2PPP(VPTDeep):
+class L2PPP(InTurn):
     """Settings beside those of VPT-deep; the defaults are for ten tasks of CIFAR-100 on a ViT-B/16."""
 
     size: int = Field(30, ge=1, description="prefixes in the pool of one block, for all tasks together")

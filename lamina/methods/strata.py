@@ -13,7 +13,7 @@ Shared parts, in reading order:
     classifier           lamina.heads.statistics.Discriminant; where prompts train lamina.heads.linear.LinearHead
     prompts              lamina.prompts.deep.DeepPrompts, after the norm
     projected steps      lamina.protections.bounded.BoundedNullSpace
-    plan of training     lamina.methods.vpt_deep.VPTDeep
+    plan of training     lamina.methods.vpt_deep.InTurn
 
 References:
     Ours, from parts of others: Goswami et al., FeCAM, NeurIPS 2023, and McDonnell et al., RanPAC,

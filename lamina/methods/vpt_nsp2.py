@@ -14,7 +14,7 @@ Shared parts, in reading order:
     projected steps      lamina.protections.null_space.NullSpace
     loss on moments      lamina.protections.distribution.TokenMoments
     classifier           lamina.heads.linear.LinearHead; others by name: lamina.heads.choose.head_of
-    plan of training     lamina.methods.vpt_deep.VPTDeep
+    plan of training     lamina.methods.vpt_deep.InTurn
 
 References:
     Lu et al., Visual Prompt Tuning in Null Space for Continual Learning, NeurIPS 2024; VPTinNSforCL at 0d9c547.
@@ -35,7 +35,7 @@ from lamina.errors import ConfigError
 from lamina.heads.choose import head_of
 from lamina.heads.linear import LinearHead
 from lamina.learner import Learner, Phase
-from lamina.methods.vpt_deep import VPTDeep
+from lamina.methods.vpt_deep import InTurn
 from lamina.prompts.deep import DeepPrompts
 from lamina.protections.distribution import TokenMoments
 from lamina.protections.null_space import NullSpace
@@ -44,7 +44,7 @@ from lamina.protections.spectrum import Cut
 from lamina.schedules import steps_down
 
 
-class VPTNSP2(VPTDeep):
+class VPTNSP2(InTurn):
     """Settings beside those of VPT-deep; the defaults are the paper's for ten tasks of CIFAR-100."""
 
     length: int = Field(4, ge=3, description="prompt tokens in each block (M); fewer than 3 have no knee to cut at")

@@ -15,7 +15,7 @@ Shared parts, in reading order:
     projected steps      lamina.protections.bounded.BoundedNullSpace, or with `kept` given
                          lamina.protections.null_space.NullSpace
     classifier           lamina.heads.linear.LinearHead; others by name: lamina.heads.choose.head_of
-    plan of training     lamina.methods.vpt_deep.VPTDeep
+    plan of training     lamina.methods.vpt_deep.InTurn
 
 References:
     Lu et al., Visual Prompt Tuning in Null Space for Continual Learning, NeurIPS 2024, section 4: the two
@@ -28,7 +28,7 @@ from pydantic import Field
 
 from lamina.backbones.tower import Tower
 from lamina.learner import Learner
-from lamina.methods.vpt_deep import VPTDeep
+from lamina.methods.vpt_deep import InTurn
 from lamina.prompts.deep import DeepPrompts
 from lamina.protections.bounded import BoundedNullSpace
 from lamina.protections.null_space import NullSpace
@@ -36,7 +36,7 @@ from lamina.protections.projector import Blend
 from lamina.protections.spectrum import Cut
 
 
-class VPTNSP2Exact(VPTDeep):
+class VPTNSP2Exact(InTurn):
     """Settings beside those of VPT-deep."""
 
     length: int = Field(

@@ -11,7 +11,7 @@ Shared parts, in reading order:
     prompts              lamina.prompts.deep.DeepPrompts
     projected steps      lamina.protections.subspace.Subspace
     classifier           lamina.heads.linear.LinearHead; others by name: lamina.heads.choose.head_of
-    plan of training     lamina.methods.vpt_deep.VPTDeep
+    plan of training     lamina.methods.vpt_deep.InTurn
 
 References:
     Qiao et al., Prompt Gradient Projection for Continual Learning, ICLR 2024.
@@ -24,12 +24,12 @@ from pydantic import Field
 
 from lamina.backbones.tower import Tower
 from lamina.learner import Learner
-from lamina.methods.vpt_deep import VPTDeep
+from lamina.methods.vpt_deep import InTurn
 from lamina.prompts.deep import DeepPrompts
 from lamina.protections.subspace import Apply, Subspace
 
 
-class VPTPGP(VPTDeep):
+class VPTPGP(InTurn):
     """Settings beside those of VPT-deep."""
 
     prompt_share: float = Field(

@@ -213,7 +213,8 @@ class NullSpace(Protection):
         """Return the second moment (R, R), float64, of the attention of a batch to all prompt tokens of a block."""
         s = probe.to_prompts.to(torch.promote_types(probe.to_prompts.dtype, torch.float32))
         if not self.prompts.pool_size:
-            s = s.flatten(0, 2)  # (B * H * N, M)
+            length = self.prompts.value(probe.layer).shape[-2]
+            s = s.flatten(0, 2)[:, s.shape[-1] - length :]  # (B * H * N, M); those of others stand before
             return (s.mT @ s).double()
         assert probe.chosen is not None  # a pass with a pool says so
         # An image's attention to all of a pool is its attention to the slots, and zeros; so are the products of its

@@ -17,8 +17,10 @@ from lamina.results.written import Written, read_json
 
 VERSION = 1
 METRICS = ("accuracy", "accuracy_weighted", "average_accuracy", "forgetting", "bwt", "accuracy_task_aware")
+#: which only records of streams with label maps have
+PIXELS = ("pixel_accuracy", "miou_multi_scale")
 #: which records from before they were measured lack
-LATER = ("transfer", "ece", "ece_batch_mean", "novel_auroc", "novel_aupr", "novel_fpr95")
+LATER = ("transfer", "ece", "ece_batch_mean", "novel_auroc", "novel_aupr", "novel_fpr95", *PIXELS)
 PHASES = ("train", "look_back", "evaluate")
 _REQUIRED = {
     "backbone": ("name", "fingerprint"),
@@ -72,6 +74,8 @@ class Record(Written):
             of classes to come: `auroc`, `aupr` and `fpr95`, fractions. Empty when it was not measured.
         parts: for a stream of several data sets, the name of each and which tasks, from 0, are its own. Empty where
             there is one data set.
+        by_class: what `protocol` calls the measure, for each class by its name; None for one that no test image shows.
+            Empty where classes were not measured one by one.
         version: of this file format.
 
     Raises:
@@ -107,6 +111,7 @@ class Record(Written):
     reliability: list[list[float]] = dataclasses.field(default_factory=list)
     detection: list[dict[str, dict[str, float]]] = dataclasses.field(default_factory=list)
     parts: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    by_class: dict[str, float | None] = dataclasses.field(default_factory=dict)
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -131,6 +136,11 @@ class Record(Written):
     def at_once(self) -> bool:
         """Whether all tasks were learned in one stage."""
         return len(self.matrix) == 1 and self.tasks > 1 and len(self.matrix[0]) == self.tasks
+
+    @property
+    def measure(self) -> str:
+        """What the matrix holds: accuracies, unless the protocol says otherwise."""
+        return str(self.protocol.get("measure", "accuracy"))
 
     @property
     def old_drift(self) -> list[list[float]]:
@@ -321,6 +331,10 @@ def _is_parts(value: Any) -> bool:
     return isinstance(value, dict) and all(_is_sizes(each) for each in value.values())
 
 
+def _is_by_class(value: Any) -> bool:
+    return isinstance(value, dict) and _is_fractions([each for each in value.values() if each is not None])
+
+
 def _is_classes(value: Any) -> bool:
     rows = isinstance(value, list) and all(isinstance(row, list) for row in value)
     return rows and len(value) > 0 and all(isinstance(name, str) for row in value for name in row)
@@ -349,6 +363,7 @@ _RULES = {
     "detection": (_is_stages, "must be a list of objects that map scores to names and numbers from 0 to 1"),
     "drift": (_is_drift, "must be a list of rows of lists of numbers, at least 0"),
     "usage": (_is_usage, "must be a list of tables of whole numbers, at least 0"),
+    "by_class": (_is_by_class, "must map names of classes to numbers from 0 to 1 or null"),
     "parts": (_is_parts, "must map names to lists of whole numbers, at least 0"),
     "seed": (_is_whole, "must be a whole number"),
     "order_seed": (lambda value: value is None or _is_whole(value), "must be a whole number or null"),

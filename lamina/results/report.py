@@ -13,6 +13,7 @@ from html import escape
 from pathlib import Path
 
 from lamina.errors import DataError
+from lamina.results.classes import class_table
 from lamina.results.figures import (
     accuracy_curve,
     accuracy_matrix,
@@ -26,7 +27,7 @@ from lamina.results.page import POLICY, counted, facts_list, html_table, number,
 from lamina.results.records import PHASES, Record
 from lamina.results.reliability import DIAGRAM_STYLE, detection_table, diagrams
 from lamina.results.style import STYLE
-from lamina.results.tables import Row, aggregate, flatten, part_columns, percent, show
+from lamina.results.tables import Row, aggregate, flatten, measure_of, part_columns, percent, show
 from lamina.storage import write_whole
 
 _HEADLINE = {
@@ -37,7 +38,13 @@ _HEADLINE = {
     "accuracy_task_aware": "Task-aware accuracy",
 }
 #: where some run measured them
-_BESIDES = {"transfer": "Transfer to tasks to come", "ece": "Calibration error", "novel_auroc": "New classes, AUROC"}
+_BESIDES = {
+    "transfer": "Transfer to tasks to come",
+    "ece": "Calibration error",
+    "novel_auroc": "New classes, AUROC",
+    "pixel_accuracy": "Accuracy of pixels",
+    "miou_multi_scale": "mIoU, several scales",
+}
 
 
 def write_report(records: Sequence[Record], path: Path) -> None:
@@ -89,21 +96,30 @@ def _title(records: Sequence[Record]) -> str:
 
 def _section(index: int, records: Sequence[Record]) -> str:
     rows = aggregate(records)
+    measure = measure_of(records)
     parts = [f'<h2 id="{_anchor(index)}">{_group_name(records)}</h2>', _protocol(rows), _headline(rows), _parts(rows)]
     parts.append(
-        "<h3>Accuracy as tasks arrive</h3>"
-        '<p class="say">Mean accuracy, in percent, over the tasks met so far. '
+        f"<h3>{_begun(measure)} as tasks arrive</h3>"
+        f'<p class="say">Mean {measure}, in percent, over the tasks met so far. '
         f"Bands show one standard deviation over runs.</p>{accuracy_curve(rows)}"
     )
     lost = forgetting_by_task(rows)
     if lost:
         parts.append(
             "<h3>Forgetting of each task</h3>"
-            '<p class="say">Points from the best accuracy a task had earlier down to its last one. '
+            f'<p class="say">Points from the best {measure} a task had earlier down to its last one. '
             f"Below zero, the task ended better than ever.</p>{lost}"
         )
     named = _run_names(rows)
-    parts += [_matrices(rows), diagrams(named), detection_table(named), _drift(rows), _usage(rows), _costs(rows)]
+    parts += [
+        _matrices(rows),
+        class_table(named),
+        diagrams(named),
+        detection_table(named),
+        _drift(rows),
+        _usage(rows),
+        _costs(rows),
+    ]
     parts += [_settings(rows), _classes(records)]
     parts.append(_origin(rows))
     return f"<section>{''.join(parts)}</section>"
@@ -139,7 +155,8 @@ def _protocol(rows: Sequence[Row]) -> str:
 def _headline(rows: Sequence[Row]) -> str:
     records = [record for row in rows for record in row.records]
     more = {n: title for n, title in _BESIDES.items() if any(run.metrics.get(n) is not None for run in records)}
-    shown = _HEADLINE | more
+    measure = measure_of(records)
+    shown = {name: _measured(title, measure) for name, title in _HEADLINE.items()} | more
     lower = "Forgetting and calibration error are" if "ece" in more else "Forgetting is"
     parts = [f'<p class="say">In percent. {lower} better when lower, the others when higher.</p>']
     if any(len(row.records) > 1 for row in rows):
@@ -189,7 +206,7 @@ def _matrices(rows: Sequence[Row]) -> str:
     palest = min(0.8, math.floor(lowest * 10) / 10)
     maps = [f"<div><h4>{name}</h4>{accuracy_matrix(r, palest)}</div>" for r, name in _run_names(rows)]
     return (
-        "<h3>Accuracy on each task</h3>"
+        f"<h3>{_begun(measure_of(records))} on each task</h3>"
         '<p class="say">A row for each task learned, a column for each task tested, in percent. '
         f"Colour runs from {100 * palest:.0f} to 100.</p>"
         f'<div class="maps" style="--least:{2.25 * widest + 6.5:.1f}rem">{"".join(maps)}</div>'
@@ -350,6 +367,18 @@ def _group_name(records: Sequence[Record]) -> str:
 def _made_with(records: Sequence[Record]) -> str:
     versions = sorted({record.versions["lamina"] for record in records})
     return escape(f"Made with lamina {', '.join(versions)}.")
+
+
+def _measured(title: str, measure: str) -> str:
+    """Return the title of a column with what it is that was measured."""
+    if measure == "accuracy":
+        return title
+    return title.replace("Accuracy", measure).replace("accuracy", measure)
+
+
+def _begun(measure: str) -> str:
+    """Return the measure as it begins a line; a name such as mIoU stays as it is."""
+    return measure.capitalize() if measure.islower() else measure
 
 
 def _anchor(index: int) -> str:

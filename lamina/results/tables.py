@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lamina.errors import ConfigError, DataError, unknown
-from lamina.results.records import LATER, METRICS, Record
+from lamina.results.records import LATER, METRICS, PIXELS, Record
 
 #: what a reader sees above a column
 TITLES = {
@@ -31,6 +31,8 @@ TITLES = {
     "novel_auroc": "novel classes: AUROC (%)",
     "novel_aupr": "novel classes: AUPR (%)",
     "novel_fpr95": "novel classes: FPR95 (%)",
+    "pixel_accuracy": "pixel accuracy (%)",
+    "miou_multi_scale": "mIoU, several scales (%)",
 }
 COLUMNS = ("accuracy", "forgetting", "average_accuracy", "bwt")
 _SEEDS = ("seed", "order_seed")
@@ -190,9 +192,16 @@ def headline(records: Sequence[Record], columns: Sequence[str] = COLUMNS) -> lis
 
 def usual_columns(records: Sequence[Record]) -> list[str]:
     """Return the columns to show where none are asked for: the usual ones, and what some runs measured besides."""
-    measured = {"transfer": ("transfer", "ece"), "novel_auroc": ("novel_auroc",)}
+    measured = {"transfer": ("transfer", "ece"), "novel_auroc": ("novel_auroc",), **{name: (name,) for name in PIXELS}}
     more = [names for name, names in measured.items() if any(run.metrics.get(name) is not None for run in records)]
-    return [*COLUMNS, *(name for names in more for name in names)]
+    usual = COLUMNS if measure_of(records) == "accuracy" else COLUMNS[:1]
+    return [*usual, *(name for names in more for name in names)]
+
+
+def measure_of(records: Sequence[Record]) -> str:
+    """Return what the matrices of runs hold; "accuracy" where that differs from run to run."""
+    first, *others = {record.measure for record in records} or {"accuracy"}
+    return "accuracy" if others else first
 
 
 def by_part(records: Sequence[Record]) -> list[dict[str, str]]:
@@ -336,7 +345,9 @@ def _grid(rows: Sequence[Row], columns: Sequence[str]) -> list[list[str]]:
     _check(columns, rows)
     notes = any(row.note for row in rows)
     names = list(rows[0].labels) if rows else []
-    grid = [[*names, *(["note"] if notes else []), *map(_title, columns), "n"]]
+    measure = measure_of([record for row in rows for record in row.records])
+    titles = [_title(column, measure) for column in columns]
+    grid = [[*names, *(["note"] if notes else []), *titles, "n"]]
     for row in rows:
         spreads = [row.spreads.get(column) for column in columns]
         numbers = ["–" if value is None else str(value) for value in spreads]
@@ -344,8 +355,10 @@ def _grid(rows: Sequence[Row], columns: Sequence[str]) -> list[list[str]]:
     return grid
 
 
-def _title(column: str) -> str:
-    return TITLES[column] if column in TITLES else f"{column.removeprefix(_ON)} (%)"
+def _title(column: str, measure: str) -> str:
+    if column in METRICS:
+        return TITLES[column].replace("accuracy", measure)
+    return TITLES.get(column) or f"{column.removeprefix(_ON)} (%)"
 
 
 def _check(columns: Sequence[str], rows: Sequence[Row] = ()) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,8 +16,9 @@ from lamina.data.cache import cached_array
 from lamina.data.loader import Share, part_of, plain_batches, steps_per_epoch, training_steps
 from lamina.data.pictures import hashed
 from lamina.data.stream import Split, Task
-from lamina.data.transforms import InputSpec, transform
+from lamina.data.transforms import InputSpec, Transform, still_of, transform
 from lamina.data.views import Asked, View, fixed_views
+from lamina.errors import ConfigError
 from lamina.heads.base import Head
 from lamina.learner import Learner, Phase
 from lamina.model import Batch
@@ -54,6 +55,7 @@ class Feed:
         layers: from how many of its last blocks they are read, side by side.
         queries: the frozen tower, when prompts ask for its features: images that come without augmentation or in
             fixed views bring them along, computed once.
+        transform: from the name of a transform and the pixels that the tower takes to the transform.
 
     Raises:
         ConfigError: when nobody knows the augmentation, or there are no such views.
@@ -69,6 +71,7 @@ class Feed:
     features: Tower | None = None
     layers: int = 1
     queries: Tower | None = None
+    transform: Callable[[str, InputSpec], Transform] = transform
 
     @classmethod
     def to(cls, learner: Learner, fabric: Fabric, spec: InputSpec, **arguments: Any) -> Feed:
@@ -86,8 +89,10 @@ class Feed:
 
     def __post_init__(self) -> None:
         self.share = Share(self.fabric.global_rank, self.fabric.world_size)
-        self.plain_view = View(transform("plain", self.spec))
-        self.train_transform = transform(self.augmentation, self.spec)
+        self.plain_view = View(self.transform(still_of(self.augmentation), self.spec))
+        self.train_transform = self.transform(self.augmentation, self.spec)
+        if self.views is not None and self.train_transform.channels > 3:
+            raise ConfigError(f"images with label maps have no fixed views; got views={self.views}: leave it out")
         self.fixed = fixed_views(self.views, self.augmentation, self.spec, self.seed)
 
     def steps(self, split: Split, phase: Phase) -> int:

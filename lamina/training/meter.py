@@ -59,7 +59,7 @@ class DriftMeter:
 
     def images(self, model: PromptedModel, task: int) -> int:
         """Return how many images `measure` looks at after a task: none where nothing can move them."""
-        return 0 if model.prompts is None else sum(len(split) for split in self.splits[: task + 1])
+        return 0 if not model.moves else sum(len(split) for split in self.splits[: task + 1])
 
     @torch.inference_mode()
     def measure(
@@ -85,7 +85,7 @@ class DriftMeter:
         """
         row = []
         for index, split in enumerate(self.splits[: task + 1]):
-            if model.prompts is None:
+            if not model.moves:
                 row.append([0.0] * model.tower.depth)  # what is frozen does not move
                 continue
             torch.manual_seed(seed_at(seed, "drift", index))

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 
 class Progress:
-    """Watches a run; each call does nothing unless overridden. The command line draws bars with it."""
+    """Watches a run; each call does nothing unless overridden. The command line draws bars with it.
+
+    Attributes:
+        measure: what the results of tasks are.
+    """
+
+    measure: str = "accuracy"
 
     def begin(self, stage: str, task: int, tasks: int, images: int) -> None:
         """A stretch of work over `images` images begins: stage is "train", "look back" or "evaluate"."""
@@ -22,4 +28,4 @@ class Progress:
         """So many texts about classes are read: 0 at first, all at the end; within a stretch or apart from any."""
 
     def row(self, task: int, tasks: int, accuracies: list[float]) -> None:
-        """A task is over; these are the accuracies on all tasks so far, in [0, 1]."""
+        """A task is over; these are the results on all tasks so far, in [0, 1]."""

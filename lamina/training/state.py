@@ -19,6 +19,7 @@ from lamina.learner import Learner
 from lamina.lookback import Watcher
 from lamina.seeds import seed_at
 from lamina.training import checkpoint
+from lamina.training.kind import Evaluated
 from lamina.training.log import Log
 from lamina.training.meter import DriftMeter
 
@@ -44,7 +45,7 @@ class RunState:
 
     Attributes:
         position, matrix, matrix_task_aware, future, calibration, batch_calibration, reliability, detection, usage,
-            seconds: as of `Trainer`.
+            figures, by_class, seconds: as of `Trainer`.
         met: the tasks that the model has grown for, in order; the last one may not be finished.
     """
 
@@ -74,6 +75,8 @@ class RunState:
         self.reliability: list[list[float]] = []
         self.detection: list[dict[str, dict[str, float]]] = []
         self.usage: list[list[list[int]]] = []
+        self.figures: dict[str, float] = {}
+        self.by_class: dict[str, float | None] = {}
         self.seconds: dict[str, list[float]] = {name: [] for name in STRETCHES}
         self.met: list[Task] = []
         self._optimizer_state: dict[str, Any] | None = None
@@ -100,6 +103,16 @@ class RunState:
                 self.learner.model.to(self.device)
                 self.met.append(task)
 
+    def _keep(self, found: Evaluated) -> None:
+        """Take over what an evaluation found."""
+        self.matrix.append(found.row)
+        if found.aware:
+            self.matrix_task_aware.append(found.aware)
+        if found.calibration is not None:
+            self.calibration.append(found.calibration)
+        self.batch_calibration, self.reliability = found.batch_calibration, found.reliability
+        self.usage, self.figures, self.by_class = found.usage, dict(found.figures), dict(found.by_class)
+
     # ── checkpoints ────────────────────────────────────────────────────────────────────────────────
 
     def _save(self, optimizer: Optimizer | None = None) -> None:
@@ -118,6 +131,8 @@ class RunState:
             "reliability": self.reliability,
             "detection": self.detection,
             "usage": self.usage,
+            "figures": self.figures,
+            "by_class": self.by_class,
             "seconds": self.seconds,
             "learned": self.learner.model.learned(),
             "memory": self.memory(),
@@ -143,6 +158,7 @@ class RunState:
         self.batch_calibration, self.reliability = state.get("batch_calibration"), state.get("reliability", [])
         self.detection = state.get("detection", [])
         self.seconds, self.usage = state["seconds"], state.get("usage", [])
+        self.figures, self.by_class = state.get("figures", {}), state.get("by_class", {})
         self._recall(self._stages(stream)[: state["begun"]], state["learned"], state["memory"])
         self._optimizer_state = state["optimizer"]
         if self.learner.memory is not None:
@@ -176,7 +192,7 @@ class RunState:
         self._begin(tasks)
         model = self.learner.model
         missing, surplus = model.load_state_dict(learned, strict=False)
-        lost = [name for name in missing if not name.startswith(model.towers)] + surplus
+        lost = model.not_frozen(missing) + surplus
         if lost:
             raise ResumeError(f"{self.run_dir} holds other tensors than this run needs; the first is {lost[0]!r}")
         for watcher, saved in zip(self._remembering, memory, strict=True):

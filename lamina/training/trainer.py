@@ -22,21 +22,19 @@ from lamina.data.stream import Stream, Task
 from lamina.errors import ConfigError, TrainingError
 from lamina.learner import Learner, Phase
 from lamina.lookback import Watcher
-from lamina.model import Batch, Output, PromptedModel
+from lamina.model import PromptedModel
 from lamina.prompts.reading import watched
 from lamina.seeds import seed_at
-from lamina.training.calibration import Calibration
-from lamina.training.evaluation import accuracies, foreseen, shown, summed
+from lamina.training.evaluation import foreseen, shown, summed
 from lamina.training.feed import Feed
 from lamina.training.gradients import only
+from lamina.training.kind import Kind, Question
 from lamina.training.meter import DriftMeter
 from lamina.training.novelty import Detection, detected
-from lamina.training.objective import classify
 from lamina.training.progress import Progress
 from lamina.training.replay import Choosing, taking
 from lamina.training.state import STRETCHES, Position, RunState
 from lamina.training.stopwatch import Stopwatch
-from lamina.training.usage import Usage
 
 
 class Stopped(Exception):
@@ -59,6 +57,7 @@ class Trainer(RunState):
         online: go through a phase's images once, whatever the method says; schedules see the shorter phase.
         most_steps: a budget: the most steps that a phase takes; schedules see the shorter phase.
         novelty: measure after each task how well images of tasks to come are told from those of tasks met.
+        kind: what is asked of images; None tells their classes.
 
     Attributes:
         position: the next step to take.
@@ -74,6 +73,7 @@ class Trainer(RunState):
             `novelty`.
         usage: how often test images chose each prompt of a pool in the last evaluation, entry [t][c][p] for class c
             of task t and prompt p; empty without a pool.
+        figures, by_class: what else the last evaluation measured, by name, and the measure of each class.
         seconds: of each stretch of work, per task; of "measure_drift", too, where there is a meter.
     """
 
@@ -93,6 +93,7 @@ class Trainer(RunState):
         online: bool = False,
         most_steps: int | None = None,
         novelty: bool = False,
+        kind: Kind | None = None,
     ) -> None:
         self.fabric = fabric or Fabric(accelerator="cpu", devices=1)
         super().__init__(
@@ -107,7 +108,9 @@ class Trainer(RunState):
         )
         self.feed, self.every, self.novelty = feed, checkpoint_every, novelty
         self.online, self.most_steps = online, most_steps
+        self.kind = kind or Kind()
         self.progress = progress or Progress()
+        self.progress.measure = self.kind.measure
         self.should_stop: Callable[[], bool] = lambda: False
 
     # ── whole runs ─────────────────────────────────────────────────────────────────────────────────
@@ -130,7 +133,7 @@ class Trainer(RunState):
             known = self.evaluate(list(stream) if self.learner.at_once else met)
             if not self.learner.at_once:
                 self._foresee(task.index, ahead)
-                if self.novelty and ahead:
+                if self.novelty and ahead and known is not None:
                     self._detect(known, task.index, ahead)
             if self.meter is not None:
                 self._measure(self.meter, task.index, len(stages))
@@ -145,6 +148,7 @@ class Trainer(RunState):
 
         Fixed views that no phase would show are refused, too, lest a record speak of them.
         """
+        self.kind.check(self.learner, stream)
         stages, prompts, memory = self._stages(stream), self.learner.model.prompts, self.learner.memory
         phases = (phase for task in stages for phase in (*self.learner.phases(task), *self.learner.refine(task)))
         if self.feed.fixed and all(phase.draws for phase in phases):
@@ -183,35 +187,15 @@ class Trainer(RunState):
             if number >= self.position.phase:
                 self._run_phase(task, number, phase, tasks)
 
-    def evaluate(self, tasks: Sequence[Task]) -> Detection:
-        """Append a row of accuracies on `tasks`, count which prompts images choose, and return how known they look."""
-        stage = len(self.matrix)
-        usage = Usage(tasks, self.learner.model.pool_size)
-        calibration = Calibration(self._temperature)
-        known = Detection(tasks, self._temperature, self.feed.share)
-
-        def see(place: int, batch: Batch, output: Output) -> None:
-            usage.see(place, batch, output)
-            calibration.see(place, batch, output)
-            known.see(place, batch, output)
-
-        with self._stretch("evaluate", stage, len(tasks), sum(len(task.test) for task in tasks)):
-            row, aware = accuracies(
-                self.learner.model,
-                tasks,
-                lambda task: self.feed.plain(task.test),
-                seed=self.seed,
-                reduce=summed(self.fabric),
-                advance=self.progress.advance,
-                see=see,
-            )
-        self.usage = usage.counts(summed(self.fabric))
-        self.calibration.append(calibration.error(summed(self.fabric)))
-        self.batch_calibration = calibration.batch_mean(summed(self.fabric))
-        self.reliability = calibration.bins(summed(self.fabric)).tolist()
-        self.matrix.append(row)
-        self.matrix_task_aware.append(aware)
-        return known
+    def evaluate(self, tasks: Sequence[Task]) -> Detection | None:
+        """Append a row of results on `tasks`, keep what else was found, and return how known the images look."""
+        asked = Question(
+            tasks, self.feed, self.seed, summed(self.fabric), self.progress.advance, temperature=self._temperature
+        )
+        with self._stretch("evaluate", len(self.matrix), len(tasks), sum(len(task.test) for task in tasks)):
+            found = self.kind.evaluate(self.learner.model, asked)
+        self._keep(found)
+        return found.known
 
     def _detect(self, known: Detection, stage: int, tasks: Sequence[Task]) -> None:
         """Append how well images of tasks to come are told from those that `known` has seen."""
@@ -296,7 +280,7 @@ class Trainer(RunState):
                     group["lr"] = rate * phase.schedule(step / total)
                 torch.manual_seed(seed_at(self.seed, "step", task.index, number, step, self.fabric.global_rank))
                 output = module(fed.batch, task.index)
-                terms = {"classify": classify(output.logits, fed.batch.targets, task, phase), **output.terms}
+                terms = {"classify": self.kind.loss(output, fed.batch.targets, task, phase), **output.terms}
                 terms = {name: fed.weight * term for name, term in terms.items()}
                 for protection in self.learner.protections:
                     terms |= protection.terms(model)

@@ -29,6 +29,7 @@ BRIEF = {"epochs": 1, "batch_size": 9, "refine_epochs": 1}
 #: published rates are for a text tower that was trained; one that was not hears little of learned words
 FAST = {name: {"lr": 0.1, "momentum": 0.9} for name in ("attriclip", "proda")} | {"clip-adapter": {"lr": 0.01}}
 FAST |= {"maple": {"lr": 0.03}, "clap": {"lr": 0.01, "mc": "mean"}}
+FAST |= {"adapter": {"lr": 0.01}, "bi-adaptformer": {"lr": 0.01}, "bitfit": {"lr": 0.01}, "full": {"lr": 0.003}}
 FAST |= {"clip-nsp2": {"lr": 0.01}, "clip-pgp": {"first_lr": 0.1}}
 #: are clearly better than chance after half the epochs
 QUICK = "bayes-prompt clip-nsp2 clip-pgp cocoop cprompt dualprompt dualprompt-pgp joint l2p l2p-nsp2 l2p-pgp l2p-pp"
@@ -67,15 +68,20 @@ def finished(name, seed=0):
 def disturbed(name):
     """Return a trainer that keeps no folder and has run a method, on a tower of its own, while others drew numbers.
 
-    `frozen` are its towers' tensors before and after, `columns` the classes that it scored after each task.
+    `frozen` are, before and after, the tensors of the tower that it was given and what is not learned of its model;
+    `columns` are the classes that it scored after each task.
     """
-    trainer = trainer_of(cheap(name), tower.__wrapped__(name))
+    given = tower.__wrapped__(name)
+    trainer = trainer_of(cheap(name), given)
     model, evaluate = trainer.learner.model, trainer.evaluate
     stream = blobs(TASKS, PER_TASK)
     images, _ = images_and_labels(stream)
 
     def frozen():
-        return {key: value.clone() for key, value in model.state_dict().items() if key.startswith(model.towers)}
+        state, learned = model.state_dict(), model.learned()
+        kept = {key: value for key, value in state.items() if key not in learned}
+        kept |= {f"given {key}": value for key, value in given.state_dict().items()}
+        return {key: value.clone() for key, value in kept.items()}
 
     def look_at_columns(tasks):
         trainer.columns.append(logits_of(trainer, images).shape)
@@ -422,18 +428,27 @@ def test_cached_features_and_images_give_the_same_scores(name):
 
 
 @every_method
-def test_the_towers_keep_every_bit_and_get_no_gradient(name):
+def test_what_is_not_learned_keeps_every_bit_and_gets_no_gradient(name):
+    """All of the tower that a method was given; all of the towers that it has but what it tunes of a copy."""
     model, (before, after) = disturbed(name).learner.model, disturbed(name).frozen
     assert before.keys() == after.keys() and {"tower."} <= set(model.towers)
     assert all(torch.equal(value, after[key]) for key, value in before.items())
-    parameters = {key: p for key, p in model.named_parameters() if key.startswith(model.towers)}
-    assert parameters and all(p.grad is None and not p.requires_grad for p in parameters.values())
+    given = {key for key in before if key.startswith("given ")}
+    tuned = {key for key in model.learned() if key.startswith(model.towers)}
+    towers = {key for key in model.state_dict() if key.startswith(model.towers)}
+    assert given and towers - tuned == before.keys() - given
+    parameters = {key: p for key, p in model.named_parameters() if key in towers - tuned}
+    assert all(p.grad is None and not p.requires_grad for p in parameters.values())
+    assert parameters or tuned == towers
 
 
 @every_method
-def test_what_is_learned_belongs_to_prompts_and_head(name):
-    learned = finished(name).learner.model.learned()
-    assert learned and {key.partition(".")[0] for key in learned} <= {"prompts", "head"}
+def test_what_is_learned_belongs_to_prompts_and_head_or_is_tuned(name):
+    model = finished(name).learner.model
+    learned = model.learned()
+    tuned = {f"tower.{key}" for key in model.tower.learned}
+    assert learned and {key.partition(".")[0] for key in learned.keys() - tuned} <= {"prompts", "head"}
+    assert tuned <= learned.keys()
 
 
 # ── settings and words ───────────────────────────────────────────────────────────────────────────────

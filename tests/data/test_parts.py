@@ -12,6 +12,7 @@ from lamina.data.parts import part_names
 from lamina.data.pictures import ArrayPictures, Source
 from lamina.data.streams import StreamSettings, build_stream
 from lamina.errors import ConfigError, DataError
+from tests.streams import KNOWN_STREAMS
 
 FEW = {"per_class": 3, "test_per_class": 2}
 
@@ -89,9 +90,7 @@ def test_a_single_plus_in_a_path_is_told_from_a_plus_between_parts(image_folder)
     with pytest.raises(ConfigError) as error:
         built(name)
     assert str(error.value) == (
-        "no stream is called 'b'. Known: cifar10, cifar100, digits, digits-domains, folder-domains:PATH, folder:PATH, "
-        "tiny-even-10, tiny-even-10-full, tiny-imagenet, tiny-odd-10, tiny-odd-10-full; in a path, a plus is written "
-        "twice, as in folder:a++b"
+        f"no stream is called 'b'. Known: {KNOWN_STREAMS}; in a path, a plus is written twice, as in folder:a++b"
     )
 
 

@@ -6,6 +6,7 @@ from lamina.data import sources
 from lamina.data.stream import Stream
 from lamina.data.streams import STREAMS, StreamSettings, build_stream, resolved
 from lamina.errors import ConfigError, DataError
+from tests.streams import KNOWN_STREAMS
 
 
 def built(**values) -> Stream:
@@ -148,24 +149,27 @@ def test_fingerprints_of_the_digits_are_pinned():
 
 
 @pytest.mark.parametrize(
-    "name, classes, per_class",
+    "name, classes, per_class, tasks",
     [
-        ("tiny-odd-10", "odd", 50),
-        ("tiny-odd-10-full", "odd", None),
-        ("tiny-even-10", "even", 50),
-        ("tiny-even-10-full", "even", None),
+        ("tiny-odd-10", "odd", 50, 10),
+        ("tiny-odd-10-full", "odd", None, 10),
+        ("tiny-odd-1x10", "odd", 10, 1),
+        ("tiny-odd-1x50", "odd", 50, 1),
+        ("tiny-even-10", "even", 50, 10),
+        ("tiny-even-10-full", "even", None, 10),
     ],
 )
-def test_presets_are_pinned(name, classes, per_class):
+def test_presets_are_pinned(name, classes, per_class, tasks):
     assert resolved(StreamSettings(name=name)).model_dump() == {
         "name": name,
-        "tasks": 10,
+        "tasks": tasks,
         "order_seed": 1993,
         "order": None,
         "classes": classes,
         "per_class": per_class,
         "test_per_class": None,
         "holdout": None,
+        "test_on": None,
         "blurry": None,
         "domains": None,
         "duplicates": None,
@@ -202,9 +206,7 @@ def test_every_stream_has_a_description_of_one_line():
     [
         (
             {"name": "tiny-od-10"},
-            "no stream is called 'tiny-od-10'; did you mean 'tiny-odd-10'? Known: cifar10, cifar100, digits, "
-            "digits-domains, folder-domains:PATH, folder:PATH, tiny-even-10, tiny-even-10-full, tiny-imagenet, "
-            "tiny-odd-10, tiny-odd-10-full",
+            f"no stream is called 'tiny-od-10'; did you mean 'tiny-odd-10'? Known: {KNOWN_STREAMS}",
         ),
         ({"name": "folder:"}, "stream 'folder:' needs the path of a folder, as in folder:photos/birds"),
         ({"name": "folder"}, "stream 'folder' needs the path of a folder, as in folder:photos/birds"),

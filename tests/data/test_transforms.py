@@ -6,12 +6,12 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from lamina.data.transforms import InputSpec, names, transform
+from lamina.data.transforms import STILL, InputSpec, names, still_of, transform
 from lamina.errors import ConfigError, ShapeError
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 SPEC = InputSpec(10, MEAN, STD, crop_pct=0.9)
-RANDOM = [name for name in names() if name != "plain"]
+RANDOM = [name for name in names() if name not in STILL]
 
 
 def image(height=23, width=31, seed=0):
@@ -174,7 +174,7 @@ def test_pad_crop_flip_moves_the_image_by_at_most_an_eighth():
             lambda: transform("crop-flop", SPEC),
             ConfigError,
             "no transform is called 'crop-flop'; did you mean 'crop-flip'? Known: autoaugment-cifar10, "
-            "autoaugment-imagenet, crop-flip, flip, pad-crop-flip, plain",
+            "autoaugment-imagenet, crop-flip, flip, pad-crop-flip, plain, resize-crop, resize-crop-flip, stretch",
         ),
         (
             lambda: transform("plain", SPEC, (0.5, 1.0)),
@@ -223,3 +223,55 @@ def test_misuse_is_told_in_one_sentence(make, error, message):
     with pytest.raises(error) as caught:
         make()
     assert str(caught.value) == message
+
+
+# ── ways of transfer learning ────────────────────────────────────────────────────────────────────────
+
+
+def test_stretch_shows_the_whole_image_as_bilinear_weights_without_a_filter_say():
+    """Against a slow version: each pixel from its four neighbours, whatever lies between is passed over."""
+    pixels, size = image(7, 33), 5
+    out = transform("stretch", InputSpec(size, MEAN, STD))(pixels).double()
+    values = pixels.double()
+    for row in range(size):
+        for column in range(size):
+            y, x = (max((place + 0.5) * side / size - 0.5, 0) for place, side in ((row, 7), (column, 33)))
+            (top, left), (down, right) = (int(y), int(x)), (min(int(y) + 1, 6), min(int(x) + 1, 32))
+            upper = values[:, top, left] * (1 - x % 1) + values[:, top, right] * (x % 1)
+            lower = values[:, down, left] * (1 - x % 1) + values[:, down, right] * (x % 1)
+            expected = upper * (1 - y % 1) + lower * (y % 1)
+            torch.testing.assert_close(out[:, row, column], expected, rtol=0, atol=1.01)
+
+
+@pytest.mark.parametrize(("size", "short"), [(224, 256), (384, 438), (448, 512)])
+def test_resize_crop_resizes_to_an_eighth_more_and_takes_the_centre(size, short):
+    pixels = image(3 * short // 2, short)  # upright, and its short side needs no resampling
+    spec = InputSpec(size, MEAN, STD, crop_pct=0.9)
+    top, left = round((3 * short // 2 - size) / 2), round((short - size) / 2)
+    assert torch.equal(transform("resize-crop", spec)(pixels), pixels[:, top : top + size, left : left + size])
+
+
+def test_resize_crop_flip_takes_any_window_of_the_resized_image_and_mirrors_half_of_them():
+    pixels, size = image(24, 16), 14
+    resized = transform("resize-crop-flip", InputSpec(size, MEAN, STD))
+    windows = pixels.unfold(1, size, 1).unfold(2, size, 1)  # (3, 11, 3, 14, 14)
+    places = []
+    for seed in range(60):
+        torch.manual_seed(seed)
+        crop = resized(pixels)
+        found = [
+            (windows == each[:, None, None]).all(dim=(0, 3, 4)).nonzero().tolist() for each in (crop, crop.flip(-1))
+        ]
+        assert sum(map(len, found)) == 1
+        places.append((*(found[0] or found[1])[0], bool(found[1])))
+    tops, lefts, mirrored = (set(values) for values in zip(*places, strict=True))
+    assert len(tops) > 5 and lefts == {0, 1, 2} and mirrored == {False, True}
+
+
+def test_images_that_are_not_trained_on_are_shown_as_their_training_images_ask_for():
+    assert {name: still_of(name) for name in names() if still_of(name) != "plain"} == {
+        "resize-crop": "resize-crop",
+        "resize-crop-flip": "resize-crop",
+        "stretch": "stretch",
+    }
+    assert not any(transform(name, SPEC).random for name in STILL)

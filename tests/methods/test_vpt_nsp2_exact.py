@@ -8,7 +8,6 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 
-from lamina.backbones.timm_vit import TimmTower
 from lamina.data.transforms import InputSpec
 from lamina.errors import ConfigError
 from lamina.methods.vpt_nsp2 import VPTNSP2
@@ -25,32 +24,6 @@ from tests.streams import blobs, trainer_of
 
 #: twelve steps of Adam
 DOZEN = {"length": 71, "epochs": 12, "batch_size": 3, "lr": 0.05, "temperature": 1.0}
-
-
-@pytest.fixture
-def double():
-    """Everything that is made in this test is float64."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
-
-
-@pytest.fixture
-def roomy(double):
-    """A tower wide enough that three images leave most channels and tokens alone; every weight matters."""
-    tower = TimmTower.create(
-        "vit_tiny_patch16_224", img_size=8, patch_size=4, embed_dim=86, depth=4, num_heads=2, dtype=torch.float64
-    )
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, weight in tower.named_parameters():
-            if weight.ndim == 1:
-                weight.copy_(torch.rand_like(weight) + (0.5 if "norm" in name else -0.5))
-            else:
-                scale = 1.0 if weight.ndim == 3 else weight[0].numel() ** -0.5  # tokens and positions, or weights
-                weight.copy_((1.4 if "blocks" in name else 1.0) * scale * torch.randn_like(weight))
-    return tower
 
 
 def second_task(settings, tower):

@@ -1,0 +1,82 @@
+"""`lamina data check`: what is missing or wrong with a data set, in words, and 2 where it cannot be used."""
+
+import json
+
+import pytest
+
+from tests.commands import called
+from tests.data.test_vtab import lists
+
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+    return lambda *words: called(monkeypatch, capfd, *words)
+
+
+def test_a_whole_copy_is_described_and_what_is_unexpected_is_a_note(command, tmp_path):
+    lists(tmp_path)
+    assert command("data", "check", "vtab-kitti-distance", tmp_path) == (
+        0,
+        "vtab-kitti-distance: 5 classes; images: 7 training, 3 validation, 6 test; "
+        "split by lists train800.txt, val200.txt, test.txt\n"
+        "note: differs from what we expected: 5 classes where we expected 4\n"
+        "note: differs from what we expected: 7 training images where we expected 800\n"
+        "note: differs from what we expected: 3 validation images where we expected 200\n"
+        "note: differs from what we expected: 6 test images where we expected 711\n"
+        "note: 1 ('class 3') of 5 classes have no training image\n"
+        "note: 2 ('class 1', 'class 4') of 5 classes have no validation image\n"
+        "note: 1 ('class 4') of 5 classes have no test image\n"
+        "what was found can be used\n",
+        [],
+    )
+
+
+def test_its_own_folder_can_be_named_as_well(command, tmp_path):
+    place = lists(tmp_path)
+    assert command("data", "check", "vtab-kitti-distance", place)[0] == 0
+    assert command("data", "check", "vtab-kitti-distance", place.parent)[0] == 0
+
+
+def test_missing_and_broken_images_are_counted_and_the_first_is_named(command, tmp_path):
+    place = lists(tmp_path)
+    folder = place / "images" / "some folder"
+    for name in ("train800-2.png", "val200-0.png"):
+        (folder / name).unlink()
+    (folder / "test-4.png").write_bytes(b"GIF89a")
+    code, out, errors = command("data", "check", "vtab-kitti-distance", tmp_path)
+    assert (code, errors) == (2, [])
+    assert out.splitlines()[-3:] == [
+        f"wrong: 2 of 10 training or validation images are missing, the first: {folder}/train800-2.png",
+        f"wrong: 1 of 6 test images that were tried cannot be read, the first: {folder}/test-4.png: it is a GIF image; "
+        "JPEG, PNG, WEBP and BMP are read",
+        "it cannot be used as it is",
+    ]
+
+
+def test_a_data_set_that_is_not_there_is_told_with_where_it_belongs(command, tmp_path):
+    code, out, errors = command("data", "check", "fgvc-dogs", tmp_path)
+    assert (code, errors) == (2, [])
+    first = out.splitlines()[0]
+    assert first.startswith(f"wrong: fgvc-dogs was not found; looked for {tmp_path}/fgvc/Stanford-dogs, ")
+    assert (
+        "lamina does not download it. What belongs there: Stanford-dogs with train.json, val.json and test.json"
+        in first
+    )
+
+
+def test_json_says_the_same(command, tmp_path):
+    lists(tmp_path)
+    code, out, _ = command("data", "check", "vtab-kitti-distance", tmp_path, "--json")
+    values = json.loads(out)
+    assert code == 0 and values["roles"] == {"training": 7, "validation": 3, "test": 6}
+    assert values["wrong"] == [] and len(values["remarks"]) == 7
+    code, out, _ = command("data", "check", "vtab-dtd", tmp_path, "--json")
+    assert code == 2 and json.loads(out)["classes"] == 0
+
+
+def test_a_name_nobody_knows_is_one_line(command, tmp_path):
+    code, out, errors = command("data", "check", "vtab-cifar10", tmp_path)
+    assert (code, out, len(errors)) == (2, "", 1)
+    assert errors[0].startswith(
+        "lamina: no data set of transfer learning is called 'vtab-cifar10'; did you mean 'vtab-cifar100'?"
+    )
