@@ -178,7 +178,7 @@ SETTINGS = (
             ["run", "vpt-nsp2", "--stream", "digits", "--set", "stream.per_clas=3"],
             "StreamSettings: no setting is called 'per_clas'; did you mean 'per_class'? Known: blurry, "
             "classes, domains, duplicates, holdout, name, order, order_seed, per_class, skip_broken, tasks, "
-            "test_per_class",
+            "test_on, test_per_class",
         ),
         (
             ["run", "nearest-mean", "--stream", "digits", "--tasks", "11"],
@@ -280,7 +280,7 @@ def test_a_run_writes_all_documented_fields_and_json_prints_the_same(finished):
     results = json.loads((folder / "results.json").read_text())
     assert json.loads(out) == results
     documented = Record.__doc__.partition("Attributes:")[2].partition("Raises:")[0]
-    assert len(results) == 30 and all(name in documented for name in results)
+    assert len(results) == 31 and all(name in documented for name in results)
     assert results["command"] == "lamina run nearest-mean " + " ".join(SMALL) + " --out done --json"
     assert (results["method"], results["stream"], results["seed"], results["order_seed"]) == (
         "nearest-mean", "digits", 0, 1993,

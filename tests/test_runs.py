@@ -101,8 +101,8 @@ def test_every_recipe_that_ships_can_be_planned():
         (
             ("vpt-deep", "digits"),
             {"lenght": 3},
-            "VPTDeep: no setting is called 'lenght'; did you mean 'length'? Known: batch_size, epochs, head, "
-            "layers, length, lr, temperature, weight_decay",
+            "VPTDeep: no setting is called 'lenght'; did you mean 'length'? Known: batch_size, depth, dropout, "
+            "dropout_mode, epochs, head, layers, length, lr, projection, start, temperature, weight_decay",
         ),
         (("vpt-deep", "digits"), {"lr": 0}, "VPTDeep.lr must be above 0.0; got 0"),
         (("vpt-deep", "digits"), {"seed": -1}, "RunSettings.seed must be at least 0; got -1"),

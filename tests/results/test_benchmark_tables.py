@@ -218,18 +218,18 @@ def test_votes_have_a_line_for_each_run_and_a_column_for_each_way_to_choose(call
         {"choice": "batch", "batch": 16, "order": "sorted", "accuracy": 0.75},
         {"choice": "batch", "batch": 16, "order": "mixed", "accuracy": 0.125},
     ]
-    run = {"method": "l2p", "stream": "tiny-odd-4", "trained": "batch", "seed": 0, "rows": rows}
+    run = {"method": "l2p", "stream": "tiny-odd-4", "trained": "batch", "seed": 3, "rows": rows}
     values = {"commit": "07b52d9", "hardware": "2 cores", "runs": [run]}
     (tmp_path / "votes.json").write_text(json.dumps(values))
     _, text, _ = call(None, readme="<!-- table: votes -->\n<!-- /table -->\n")
     assert text == (
         "<!-- table: votes -->\n"
-        "| method | on | trained | each image for itself | 16 together, of a class and task "
+        "| method | on | seed | trained | each image for itself | 16 together, of a class and task "
         "| 16 together, in no order |\n"
-        "|---|---|---|---:|---:|---:|\n"
-        "| l2p | tiny-odd-4 | together | 25.0 | 75.0 | 12.5 |\n"
+        "|---|---|---:|---|---:|---:|---:|\n"
+        "| l2p | tiny-odd-4 | 3 | together | 25.0 | 75.0 | 12.5 |\n"
         "\n"
-        "Accuracy in percent on the test images of all tasks, one seed; 2 cores; commit `07b52d9`.\n"
+        "Accuracy in percent on the test images of all tasks; 2 cores; commit `07b52d9`.\n"
         "<!-- /table -->\n"
     )
 
