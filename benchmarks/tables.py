@@ -88,9 +88,11 @@ STUDIES = {
         *("accuracy", "average", "forgetting", "bwt", "transfer", "ece", "novel", "fpr95"),
         *("training", "memory", "learned"),
     ),
+    "lspt": ("accuracy", "task-aware", "forgetting", "training", "memory", "learned"),
     "pools": ("accuracy", "task-aware", "forgetting", "training", "evaluation", "memory", "learned", "stored"),
 }
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("null-space", "prompt-pools", "clip", "clap")))
+NAMES = ("null-space", "prompt-pools", "clip", "clap", "transfer")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES))
 
 
 def table(records: Sequence[Record], columns: Sequence[str]) -> str:
@@ -270,7 +272,7 @@ def _is_of_recipe(record: Record) -> bool:
 
 
 #: where the accuracies of the table of methods come from: a stream, and files of results
-METHODS_ON, RECORDS = "tiny-odd-10", ("tiny-odd-10", "pools", "clip")
+METHODS_ON, RECORDS = "tiny-odd-10", ("tiny-odd-10", "pools", "clip", "lspt")
 #: tables of methods -> the backbone of theirs
 BACKBONES = {"methods": "lamina:vit-nano", "methods for CLIP": "lamina:clip-nano"}
 #: file of results -> what makes a table of it

@@ -122,7 +122,8 @@ def test_a_model_that_draws_says_why_it_is_uncertain(tiny, folder, tmp_path, com
         assert said["entropy"] > 0 and said["mutual_information"] > 0
     alone = [json.loads(command("predict", path, line, "--format", "jsonl")[1])["uncertainty"]
              for line in sorted(map(str, (folder / "emu").iterdir()))[:2]]  # fmt: skip
-    assert alone == [pytest.approx(said, rel=1e-4) for said in rows[:2]]  # draws are the same, whoever is beside
+    # draws are the same, whoever is beside; a tower in bf16 rounds as the shape of a batch has it
+    assert alone == [pytest.approx(said, rel=1e-2) for said in rows[:2]]
 
 
 def test_names_that_are_asked_beside_count_in_the_entropy_and_known_ones_are_said(tiny, folder, tmp_path, command):

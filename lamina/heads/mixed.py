@@ -60,7 +60,8 @@ class NamedDiscriminant(Discriminant):
         """Of log-probabilities by class statistics, and of cosines; before anything was learned, names alone."""
         if not self.losses.any():
             return 0.0, self.texts.side.logit_scale
-        best = int(self.losses.argmin())
+        # Names that say nothing leave losses alike up to rounding; then the least weights are as good as any.
+        best = int((self.losses <= self.losses.min() * (1 + 1e-9)).flatten().nonzero()[0])
         return float(OF_STATISTICS[best // len(OF_NAMES)]), float(OF_NAMES[best % len(OF_NAMES)])
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Scores:

@@ -13,7 +13,7 @@ from lamina.methods.dualprompt import DualPrompt
 from lamina.methods.dualprompt_pgp import DualPromptPGP
 from lamina.methods.l2p import L2P
 from lamina.methods.l2p_pgp import L2PPGP
-from lamina.methods.vpt_deep import VPTDeep
+from lamina.methods.vpt_deep import InTurn
 from lamina.methods.vpt_pgp import VPTPGP
 from lamina.predictions import room
 from tests.conftest import make_tiny_vit
@@ -21,7 +21,7 @@ from tests.streams import blobs, trainer_of
 from tests.test_continual import material
 
 SMALL = {"epochs": 1, "batch_size": 9, "length": 3, "lr": 0.02}
-KINDS = {"l2p-pgp": (L2PPGP, L2P), "dualprompt-pgp": (DualPromptPGP, DualPrompt), "vpt-pgp": (VPTPGP, VPTDeep)}
+KINDS = {"l2p-pgp": (L2PPGP, L2P), "dualprompt-pgp": (DualPromptPGP, DualPrompt), "vpt-pgp": (VPTPGP, InTurn)}
 every_kind = pytest.mark.parametrize("name", KINDS)
 
 
