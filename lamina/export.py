@@ -203,19 +203,19 @@ def _steps(pixels: InputSpec) -> list[dict[str, Any]]:
 class _Deployed(nn.Module):
     """The function that goes into the file."""
 
-    mean: Tensor
-    std: Tensor
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     def __init__(self, model: PromptedModel, pixels: InputSpec, temperature: float) -> None:
         super().__init__()
         self.model, self.temperature = model, temperature
-        self.register_buffer("mean", torch.tensor(pixels.mean)[:, None, None])
-        self.register_buffer("std", torch.tensor(pixels.std)[:, None, None])
+        self.register_buffer("pixel_mean", torch.tensor(pixels.mean)[:, None, None])
+        self.register_buffer("pixel_std", torch.tensor(pixels.std)[:, None, None])
         self.requires_grad_(False)
         self.eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        features, _ = self.model.features(Batch((images - self.mean) / self.std))
+        features, _ = self.model.features(Batch((images - self.pixel_mean) / self.pixel_std))
         logits = scores(self.model, Batch(None, features=features)).float()
         return (logits / self.temperature).softmax(-1), logits, features.float()
 
