@@ -189,6 +189,30 @@ def costs(values: Mapping[str, Any]) -> str:
     return "\n".join(lines) + f"\n\nMedians of {values['rounds']} rounds; {said}; commit `{values['commit'][:12]}`.\n"
 
 
+def clap_costs(values: Mapping[str, Any]) -> str:
+    """Return the Markdown table of what `benchmarks/clap_costs.py` wrote: a line for each number of classes."""
+    names = list(values["rows"][0]["multiply_adds"])
+    heads = [f"{name}, million multiply-adds" for name in names] + [f"{name}, times linear" for name in names[1:]]
+    lines = [f"| classes | {' | '.join(heads)} |", f"|---:|{'---:|' * len(heads)}"]
+    for row in values["rows"]:
+        cells = [f"{row['multiply_adds'][name] / 1e6:,.1f}" for name in names]
+        cells += [f"{row['times'][f'{name} / linear']['median']:.0f}" for name in names[1:]]
+        lines.append(f"| {row['classes']} | {' | '.join(cells)} |")
+    said = f"A step of {values['batch']} kept features, {values['tasks']} tasks, medians"
+    return "\n".join(lines) + f"\n\n{said}; {values['processor']}, one thread; commit `{values['commit'][:12]}`.\n"
+
+
+def prompt_costs(values: Mapping[str, Any]) -> str:
+    """Return the Markdown table of what `benchmarks/lspt_costs.py` wrote: a line for each kind of prompts."""
+    sizes = values["sizes"]
+    lines = [f"| step against the bare tower's | {' | '.join(sizes)} |", f"|---|{'---:|' * len(sizes)}"]
+    for pair in next(iter(sizes.values())):
+        cells = [f"{found[pair]['median']:.2f}" for found in sizes.values()]
+        lines.append(f"| {pair.removesuffix(' / bare')} | {' | '.join(cells)} |")
+    said = f"Medians of {values['rounds']} rounds; {values['processor']}, one thread"
+    return "\n".join(lines) + f"\n\n{said}; commit `{values['commit'][:12]}`.\n"
+
+
 def votes(values: Mapping[str, Any]) -> str:
     """Return the Markdown table of what `benchmarks/votes.py` wrote: a line for each run, a column for each choice."""
     columns = list(dict.fromkeys((r["choice"], r["batch"], r["order"]) for run in values["runs"] for r in run["rows"]))
@@ -282,6 +306,8 @@ SHOWN: dict[str, Callable[[Any], str]] = {
     "votes": votes,
     "pool-costs": pool_costs,
     "clip-costs": clip_costs,
+    "clap-costs": clap_costs,
+    "lspt-costs": prompt_costs,
 }
 
 

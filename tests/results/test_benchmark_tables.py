@@ -74,8 +74,8 @@ def test_commits_and_hardware_that_differ_are_all_in_the_caption(call, seeds):
     [
         (
             README.replace("demo", "dem"),
-            "no table is called 'dem'; did you mean 'demo'? Known: clip-costs, demo, demo-clip, heads, long-streams, "
-            "methods, methods for CLIP, pool-costs, tiny-odd-10, votes",
+            "no table is called 'dem'; did you mean 'demo'? Known: clap-costs, clip-costs, demo, demo-clip, heads, "
+            "long-streams, lspt-costs, methods, methods for CLIP, pool-costs, tiny-odd-10, votes",
         ),
         (
             README.replace("<!-- /table -->", ""),
@@ -232,6 +232,35 @@ def test_votes_have_a_line_for_each_run_and_a_column_for_each_way_to_choose(call
         "Accuracy in percent on the test images of all tasks; 2 cores; commit `07b52d9`.\n"
         "<!-- /table -->\n"
     )
+
+
+def test_costs_of_clap_have_a_line_for_each_number_of_classes(call, tmp_path):
+    row = {
+        "classes": 50,
+        "multiply_adds": {"linear": 1_250_000, "CLAP": 4_700_000_000},
+        "times": {"CLAP / linear": {"median": 233.6, "quartiles": [1, 2]}},
+    }
+    values = {"rows": [row], "batch": 64, "tasks": 10, "processor": "a chip", "commit": "07b52d9aaaabbbb"}
+    (tmp_path / "clap-costs.json").write_text(json.dumps(values))
+    _, text, _ = call(None, readme="<!-- table: clap-costs -->\n<!-- /table -->\n")
+    assert text.splitlines()[1:4] == [
+        "| classes | linear, million multiply-adds | CLAP, million multiply-adds | CLAP, times linear |",
+        "|---:|---:|---:|---:|",
+        "| 50 | 1.2 | 4,700.0 | 234 |",
+    ]
+    assert "64 kept features, 10 tasks, medians; a chip, one thread; commit `07b52d9aaaab`." in text
+
+
+def test_costs_of_prompts_have_a_column_for_each_tower(call, tmp_path):
+    sizes = {name: {"lspt / bare": {"median": ratio, "quartiles": [1, 2]}} for name, ratio in (("a", 1.376), ("b", 2))}
+    values = {"sizes": sizes, "rounds": 7, "processor": "a chip", "commit": "07b52d9aaaabbbb"}
+    (tmp_path / "lspt-costs.json").write_text(json.dumps(values))
+    _, text, _ = call(None, readme="<!-- table: lspt-costs -->\n<!-- /table -->\n")
+    assert text.splitlines()[1:4] == [
+        "| step against the bare tower's | a | b |",
+        "|---|---:|---:|",
+        "| lspt | 1.38 | 2.00 |",
+    ]
 
 
 def test_costs_of_pools_are_multiples_of_what_they_are_compared_with(call, tmp_path):
