@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lamina.data.choosing import USUAL_SHARE
 from lamina.data.pictures import Source, hashed
 from lamina.data.stream import Split, Stream, Task
 from lamina.errors import ConfigError, DataError
@@ -33,7 +34,7 @@ def dense_stream(settings: Any, source: DenseSource) -> Stream:
         DataError: when there is no image to learn from, or none to test on.
     """
     for name in _OF_CLASSES:
-        if getattr(settings, name, None):
+        if getattr(settings, name):
             raise ConfigError(f"stream.{name} chooses images by their class; those of {settings.name} have many each")
     if settings.tasks not in (None, 1, [len(source.classes)]) or settings.classes not in (None, "all"):
         raise ConfigError(
@@ -43,8 +44,8 @@ def dense_stream(settings: Any, source: DenseSource) -> Stream:
     train, test = source.train, source.test
     learned, tested = (np.arange(len(part.labels)) for part in (train, test))
     tested_on = "test images"
-    if settings.holdout is not None or getattr(settings, "test_on", None) == "validation":
-        last = round((settings.holdout or 0.2) * len(learned))
+    if settings.holdout is not None or settings.test_on == "validation":
+        last = round((settings.holdout or USUAL_SHARE) * len(learned))
         test, tested_on = train, "held-out training images"
         learned, tested = learned[: len(learned) - last], learned[len(learned) - last :]
     for role, indices in {"training": learned, "test": tested}.items():
