@@ -33,6 +33,7 @@ from vit_nano import HERE, cropped, even, normalised
 
 from lamina.data import sources
 from lamina.seeds import generator_at
+from lamina.training.launch import tower_dtype
 
 #: seconds between two checkpoints
 _BETWEEN = 60.0
@@ -130,6 +131,7 @@ class Run:
             {"params": [p for p in learned if p.ndim < 2], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=settings["lr"], betas=(0.9, 0.95), fused=True)
+        self.bf16 = tower_dtype("auto", torch.device("cpu")) == torch.bfloat16
         self.step, self.seconds = 0, 0.0
         self.in_epoch = len(images) // self.size
         self.steps = settings["epochs"] * self.in_epoch
@@ -175,7 +177,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings["lr"] * min(1.0, (self.step + 1) / warm) * wave
         seen = order.shape[1] - round(self.settings["masked"] * order.shape[1])
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             loss = self.model(images, order, seen)
         loss.backward()
         self.optimizer.step()

@@ -80,7 +80,9 @@ def run_block(
         inside = places.stop < x.shape[1]
         prompts = torch.cat([seen[..., places], seen[..., x.shape[1] :]], -1) if inside else seen[..., places.start :]
         entering = _entering(x, places, splice)
-        tap(Probe(layer, x[:, :length], q[:, :, :length], prompts, block.key_weight, chosen, *own, seen, entering))
+        normed = splice.context.shape[-2] if splice.context is not None and splice.context_normed else 0
+        frozen, queries = x[:, :length], q[:, :, :length]
+        tap(Probe(layer, frozen, queries, prompts, block.key_weight, chosen, *own, seen, entering, normed))
         mixed = (weights if rows is None else take(weights, rows)) @ v
     x = block.attended(x if rows is None else take(x, rows), mixed)
     added = block.branch(x)

@@ -12,18 +12,22 @@ open_clip:MODEL:PATH            the same with weights from a local file; whether
 open_clip:MODEL@random          the same untrained
 open_clip:local-dir:FOLDER      a folder with open_clip_config.json and weights
 
-Behind a name of the first four kinds may stand what features are read from, if not what the backbone itself says:
+Behind a name may stand what features are read from, if not what the backbone itself says, and of timm's and ours how
+large images are, if not as large as in pre-training:
 
 NAME#mean_patch     cls (the class token), mean_patch (the mean of all patches), mean_all (of all patches and prompts)
 NAME#cls,fresh      the same, behind a last norm with weight 1 and bias 0; `pretrained` is the backbone's own
+NAME#512px          images of 512 x 512 pixels; what the backbone knows of places is resampled to their patches
 """
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import timm
 import torch
@@ -80,16 +84,20 @@ def load_backbone(name: str, *, dtype: torch.dtype = torch.float32) -> Backbone:
         dtype: of the frozen weights.
 
     Raises:
-        ConfigError: when the name or its weights cannot be found, or it has not what is to be read.
+        ConfigError: when the name or its weights cannot be found, or it has not what is to be read, or a side of that
+            many pixels is not a whole number of patches.
         UnsupportedBackbone: when its blocks cannot be prompted.
     """
-    plain, pooling, norm = _parts(name)
+    asked = _parts(name)
+    plain = asked.plain
     family, colon, rest = plain.partition(":")
     if family == "open_clip" and rest:
         from lamina.backbones.clip_load import load_clip  # only here: its import takes a while
 
+        if asked.size is not None:
+            raise UnsupportedBackbone(f"{name}: towers of open_clip keep their size; leave {asked.size}px out")
         pair, said = load_clip(plain, rest, dtype=dtype)
-        return Backbone(name, _read_by(pair, name, pooling, norm), said)
+        return Backbone(name, _read_by(pair, name, asked), said)
     text: TextSide | None = None
     model: torch.nn.Module
     if family == "lamina" and colon:
@@ -109,8 +117,10 @@ def load_backbone(name: str, *, dtype: torch.dtype = torch.float32) -> Backbone:
     if not isinstance(model, VisionTransformer):
         raise UnsupportedBackbone(f"{plain} is a {type(model).__name__}; lamina can prompt timm's VisionTransformer")
     config = resolve_model_data_config(model)
+    if asked.size is not None:
+        _resize(model, name, asked.size)
     pixels = {
-        "size": config["input_size"][-1],
+        "size": asked.size or config["input_size"][-1],
         "mean": tuple(config["mean"]),
         "std": tuple(config["std"]),
         "interpolation": config["interpolation"],
@@ -118,11 +128,20 @@ def load_backbone(name: str, *, dtype: torch.dtype = torch.float32) -> Backbone:
     }
     tower = TimmTower(model, dtype=dtype)
     tower.text = text
-    return Backbone(name, _read_by(tower, name, pooling, norm), pixels)
+    return Backbone(name, _read_by(tower, name, asked), pixels)
 
 
-def _parts(name: str) -> tuple[str, Pooling | None, FinalNorm]:
-    """Split a backbone's name from what features are read from: "lamina:vit-nano#mean_all,fresh".
+class _Parts(NamedTuple):
+    """A backbone's name, what features are read from, behind which norm, and the side of images in pixels."""
+
+    plain: str
+    pooling: Pooling | None = None
+    norm: FinalNorm = "pretrained"
+    size: int | None = None
+
+
+def _parts(name: str) -> _Parts:
+    """Split a backbone's name from what is asked of it: "lamina:vit-nano#mean_all,fresh,96px".
 
     A file's name may hold a # of its own.
 
@@ -131,25 +150,47 @@ def _parts(name: str) -> tuple[str, Pooling | None, FinalNorm]:
     """
     plain, mark, said = name.rpartition("#")
     if not mark or Path(name.partition("@")[2]).is_file():
-        return name, None, "pretrained"
+        return _Parts(name)
     words = [word.strip() for word in said.split(",")]
-    for word in words:
-        if word not in (*get_args(Pooling), *get_args(FinalNorm)):
-            raise ConfigError(f"{name}: {unknown('read-out', word, [*get_args(Pooling), *get_args(FinalNorm)])}")
     poolings, norms = ([word for word in words if word in get_args(kind)] for kind in (Pooling, FinalNorm))
-    if len(poolings) > 1 or len(norms) > 1:
-        raise ConfigError(f"{name}: features are read in one way; got {said}: name one pooling and one norm at most")
-    return plain, poolings[0] if poolings else None, norms[0] if norms else "pretrained"  # type: ignore[return-value]
+    sizes = [word for word in words if re.fullmatch("[0-9]{1,5}px", word)]
+    for word in words:
+        if word not in (*poolings, *norms, *sizes):
+            known = [*get_args(Pooling), *get_args(FinalNorm)]
+            raise ConfigError(f"{name}: {unknown('read-out', word, known)}; or a size, such as 512px")
+    if max(len(poolings), len(norms), len(sizes)) > 1:
+        raise ConfigError(
+            f"{name}: features are read in one way; got {said}: name one pooling, one norm and one size at most"
+        )
+    parts: dict[str, Any] = {"pooling": poolings[:1], "norm": norms[:1], "size": [int(size[:-2]) for size in sizes]}
+    return _Parts(plain, **{key: values[0] for key, values in parts.items() if values})
 
 
-def _read_by(tower: Tower, name: str, pooling: Pooling | None, norm: FinalNorm) -> Tower:
+def _read_by(tower: Tower, name: str, asked: _Parts) -> Tower:
     """Return a tower whose features are read as asked."""
-    if pooling is None and norm == "pretrained":
+    if asked.pooling is None and asked.norm == "pretrained":
         return tower
     try:
-        return tower.reading(pooling, norm)
+        return tower.reading(asked.pooling, asked.norm)
     except LaminaError as error:
         raise type(error)(f"{name}: {error}") from None
+
+
+def _resize(model: VisionTransformer, name: str, size: int) -> None:
+    """Make a model take images of size x size pixels: embeddings of places are resampled to their patches.
+
+    Raises:
+        ConfigError: when such an image is not a whole number of patches.
+    """
+    height, width = model.patch_embed.patch_size
+    least = math.lcm(height, width)
+    if size % least or not size:
+        near = max(least, size // least * least)
+        raise ConfigError(
+            f"{name}: patches have {height} x {width} pixels, so an image's side is a multiple of {least}; got {size}: "
+            f"take {near}px or {near + least}px"
+        )
+    model.set_input_size(img_size=(size, size))
 
 
 def _bundled(name: str, stem: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -52,6 +52,7 @@ class Probe:
             sequence to another one.
         attention: (B, H, N, K). All weights from the frozen sequence, whose own rows come first.
         entering: (B, M, D). The prompt tokens that the block sees, those in slots first, then the context.
+        normed: how many of these, the last ones, live in the space behind the block's first norm.
     """
 
     layer: int
@@ -64,6 +65,7 @@ class Probe:
     values: Tensor | None = None
     attention: Tensor | None = None
     entering: Tensor | None = None
+    normed: int = 0
 
 
 Tap = Callable[[Probe], None]

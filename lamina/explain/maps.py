@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lamina.backbones.block import BlockView
-from lamina.backbones.splice import Probe, PromptPass, Splice
+from lamina.backbones.splice import Probe
 from lamina.backbones.tower import Grid
 from lamina.errors import ShapeError
 from lamina.model import Batch, PromptedModel
@@ -67,25 +66,15 @@ def look(model: PromptedModel, images: Tensor, *, post_norm: bool = False) -> tu
     Raises:
         ShapeError: when the tower's patches are not a grid of rows behind others.
     """
-    tower, splices, seen = model.tower, dict[int, Splice](), list[_Block]()
+    tower, seen = model.tower, list[_Block]()
     grid, blocks = tower.grid(images), tower.blocks()
 
     def tap(probe: Probe) -> None:
-        splice = splices.get(probe.layer, Splice())
-        seen.append(_Block.of(probe, splice, blocks[probe.layer], grid, tower.readout, post_norm=post_norm))
-
-    def note(_: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        if len(given) < 2 or given[1] is None:  # the query of a pool is the frozen tower's
-            return given
-        return given[0], _Noted(given[1], splices), *given[2:]
+        seen.append(_Block.of(probe, blocks[probe.layer], grid, tower.readout, post_norm=post_norm))
 
     model.eval()
-    hook = tower.register_forward_pre_hook(note)
-    try:
-        with torch.inference_mode():
-            features, _ = model.features(Batch(images), tap=tap)
-    finally:
-        hook.remove()
+    with torch.inference_mode():
+        features, _ = model.features(Batch(images), tap=tap)
     found = Maps(
         attention=torch.stack([block.attention for block in seen]),
         on_prompts=torch.stack([block.on_prompts for block in seen]),
@@ -95,21 +84,6 @@ def look(model: PromptedModel, images: Tensor, *, post_norm: bool = False) -> tu
         behind_norm=[block.behind_norm for block in seen],
     )
     return found, features
-
-
-class _Noted(PromptPass):
-    """A pass that also notes what it asks of every block: a probe does not tell in which space a context lives."""
-
-    def __init__(self, asked: PromptPass, splices: dict[int, Splice]) -> None:
-        self.asked, self.splices = asked, splices
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.asked, name)
-
-    def at(self, layer: int, tokens: Tensor, carried: Tensor | None) -> Splice | None:
-        splice = self.asked.at(layer, tokens, carried)
-        self.splices[layer] = splice or Splice()
-        return splice
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,9 +97,7 @@ class _Block:
     behind_norm: int
 
     @classmethod
-    def of(
-        cls, probe: Probe, splice: Splice, block: BlockView, grid: Grid, rows: slice | None, *, post_norm: bool
-    ) -> _Block:
+    def of(cls, probe: Probe, block: BlockView, grid: Grid, rows: slice | None, *, post_norm: bool) -> _Block:
         """Reduce what a probe tells of the only image in it."""
         assert probe.attention is not None and probe.entering is not None
         own, end = probe.inputs.shape[1], grid.before + grid.height * grid.width
@@ -135,25 +107,24 @@ class _Block:
             )
         patches, shape = slice(grid.before, end), (grid.height, grid.width)
         weights = probe.attention[0].double().mean(0)[patches if rows is None else rows].mean(0)  # (K,)
-        normed = splice.context.shape[-2] if splice.context is not None and splice.context_normed else 0
-        each = _cosines(probe, normed, block, patches, post_norm)
+        each = _cosines(probe, block, patches, post_norm)
         return cls(
             attention=weights[patches].view(shape).float().cpu(),
             on_prompts=weights[own:].sum().float().cpu(),
             each=each.unflatten(1, shape).float().cpu(),
             prefixes=weights.shape[0] - own - len(each),
-            behind_norm=normed,
+            behind_norm=probe.normed,
         )
 
 
-def _cosines(probe: Probe, normed: int, block: BlockView, patches: slice, post_norm: bool) -> Tensor:
+def _cosines(probe: Probe, block: BlockView, patches: slice, post_norm: bool) -> Tensor:
     """Return the cosines (M, patches) of the prompt tokens that enter a block and the patches that enter it.
 
-    The last `normed` tokens live in the space behind the first norm, and can be compared there alone.
+    Those that live in the space behind the first norm can be compared there alone.
     """
     assert probe.entering is not None
     tokens, inputs = probe.entering[0], probe.inputs[0, patches]
-    cut = len(tokens) - normed
+    cut = len(tokens) - probe.normed
     first, behind = tokens[:cut], block.norm(inputs)
     own = cosines(block.norm(first), behind) if post_norm else cosines(first, inputs)
     return torch.cat([own, cosines(tokens[cut:], behind)])

@@ -6,7 +6,7 @@ gets a block of columns per task.
 Shared parts, in reading order:
     adapters             lamina.prompts.adapters.Adapters, of lamina.prompts.adapters.SerialAdapter
     classifier           lamina.heads.linear.LinearHead; others by name: lamina.heads.choose.head_of
-    plan                 lamina.methods.tuned.Tuned
+    plan                 lamina.methods.tuned.Baseline
 
 References:
     Pfeiffer et al., AdapterFusion, EACL 2021; as a baseline in Jia et al., Visual Prompt Tuning, ECCV 2022, table 1.
@@ -15,30 +15,22 @@ References:
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
 from lamina.backbones.tower import Tower
 from lamina.learner import Learner
-from lamina.methods.tuned import Tuned
+from lamina.methods.tuned import Baseline
 from lamina.model import PromptedModel
 from lamina.prompts.adapters import Adapters, SerialAdapter, hidden_width
 
 
-class Adapter(Tuned):
+class Adapter(Baseline):
     """Settings; the plan is that of VPT's baselines: AdamW, 0.001 per 256 images, decay as their code has it."""
 
     reduction: int = Field(8, ge=1, description="how many times fewer hidden numbers an adapter has than a token")
     hidden: int | None = Field(None, ge=1, description="hidden numbers of an adapter; left out, width / reduction")
-    warm_up: float = Field(0.05, ge=0, lt=1, description="share of training in which the learning rate rises")
-    batch_size: int = Field(384, ge=1, description="images in one step, over all devices")
-    optimizer: Literal["sgd", "adamw"] = Field("adamw", description="SGD with momentum 0.9, or AdamW")
     lr: float = Field(
         0.0015, gt=0, description="learning rate at its highest, not scaled by anything; then it falls along a cosine"
-    )
-    weight_decay: float = Field(
-        0.01, ge=0, description="of matrices; with SGD it joins the gradient, with AdamW it does not"
     )
 
     def idle(self) -> dict[str, str]:

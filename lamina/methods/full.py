@@ -8,7 +8,7 @@ with it a checkpoint and a model file, is as large as the backbone.
 Shared parts, in reading order:
     tower                lamina.backbones.tower.Tower, as its method `tuned` makes it
     classifier           lamina.heads.linear.LinearHead; others by name: lamina.heads.choose.head_of
-    plan                 lamina.methods.tuned.Tuned
+    plan                 lamina.methods.tuned.Baseline
 
 References:
     Jia et al., Visual Prompt Tuning, ECCV 2022, table 1 (Full); the authors' repository KMnP/vpt.
@@ -16,27 +16,19 @@ References:
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
 from lamina.backbones.tower import Tower
 from lamina.learner import Learner
-from lamina.methods.tuned import Tuned
+from lamina.methods.tuned import Baseline
 from lamina.model import PromptedModel
 
 
-class Full(Tuned):
+class Full(Baseline):
     """Settings; the plan is that of VPT's baselines: AdamW, 0.0001 per 256 images, decay as their code has it."""
 
-    warm_up: float = Field(0.05, ge=0, lt=1, description="share of training in which the learning rate rises")
-    batch_size: int = Field(384, ge=1, description="images in one step, over all devices")
-    optimizer: Literal["sgd", "adamw"] = Field("adamw", description="SGD with momentum 0.9, or AdamW")
     lr: float = Field(
         0.00015, gt=0, description="learning rate at its highest, not scaled by anything; then it falls along a cosine"
-    )
-    weight_decay: float = Field(
-        0.01, ge=0, description="of matrices; with SGD it joins the gradient, with AdamW it does not"
     )
 
     def build(self, tower: Tower) -> Learner:

@@ -108,3 +108,12 @@ class Tuned(Settings):
             return kind([group for group in groups if group["params"]], lr=self.lr)
 
         return make
+
+
+class Baseline(Tuned):
+    """Settings of what VPT compares prompts with: many images a step, AdamW, decay as their code has it."""
+
+    warm_up: float = Field(0.05, ge=0, lt=1, description="share of training in which the learning rate rises")
+    batch_size: int = Field(384, ge=1, description="images in one step, over all devices")
+    optimizer: Literal["sgd", "adamw"] = Field("adamw", description="SGD with momentum 0.9, or AdamW")
+    weight_decay: float = Field(0.01, ge=0, description="of matrices; with SGD, not AdamW, it joins the gradient")

@@ -329,6 +329,13 @@ def test_segment_digits_runs_from_end_to_end(few_scenes, tmp_path):
     assert again.matrix == record.matrix and again.by_class == record.by_class
 
 
+def test_a_backbone_of_another_size_reads_windows_of_its_own(few_scenes, tmp_path):
+    overrides = {"epochs": 1, "batch_size": 4, "length": 3, "precision": "32", "dense": {"channels": 8}}
+    run, _ = plan("vpt-deep", "segment-digits", overrides=overrides | {"backbone": "lamina:vit-nano#32px"})
+    record = execute(run, tmp_path / "run")
+    assert record.protocol["image_size"] == 32 and record.backbone["name"] == "lamina:vit-nano#32px"
+
+
 @pytest.mark.parametrize(
     ("stream", "overrides", "message"),
     [
