@@ -10,6 +10,8 @@ Terms:
     linear          one layer on the features: the step that everything is a multiple of
     Gaussians       CLAP without its attention: encoders of ten tasks, draws, all losses
     CLAP            whole, each image its own context
+    saturated       CLAP once more, with logits so far apart that gradients fall below 1e-38, with and without taking
+                    these for 0 as `lamina.training.launch.denormals_flushed` does
 """
 
 from __future__ import annotations
@@ -32,10 +34,12 @@ from lamina.machine import commit, keep_memory
 from lamina.methods.clap import CLAP
 from lamina.model import Batch
 from lamina.storage import write_whole
-from lamina.training.launch import tower_dtype
+from lamina.training.launch import denormals_flushed, tower_dtype
 
 RESULTS = Path(__file__).parent / "results" / "clap-costs.json"
 BATCH, TASKS, CLASSES = 64, 10, (50, 100, 200)
+#: deviation of saturated logits
+SATURATED = 150.0
 
 
 def step_of(model: torch.nn.Module, score: Callable[[], tuple[torch.Tensor, Any]], labels: torch.Tensor) -> Any:
@@ -57,6 +61,25 @@ def multiply_adds(step: Callable[[], None]) -> int:
     with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops() // 2
+
+
+def flushing(model: torch.nn.Module, batch: Batch, labels: torch.Tensor, rounds: int) -> dict[str, Any]:
+    """Return how many times longer a step takes that computes with numbers below 1e-38 than one that does not."""
+    with torch.no_grad():
+        factor = SATURATED / model(batch, TASKS - 1).logits.std()
+
+    def score() -> tuple[torch.Tensor, Any]:
+        logits, terms = model(batch, TASKS - 1)[:2]
+        return factor * logits, terms
+
+    step = step_of(model, score, labels)
+
+    def flushed() -> None:
+        with denormals_flushed():
+            step()
+
+    ratio = compare({"kept": step, "flushed": flushed}, [("kept", "flushed")], rounds, time.process_time)
+    return {"logits": SATURATED, "times": ratio}
 
 
 def main() -> None:
@@ -86,8 +109,11 @@ def main() -> None:
         times = compare(calls, pairs, given.rounds, time.process_time)
         print(adds, flush=True)
         rows.append({"classes": classes, "multiply_adds": adds, "times": times})
+        if classes == 100:
+            saturated = flushing(model, batch, labels, given.rounds)
     facts = {"date": datetime.date.today().isoformat(), "processor": processor(), "commit": commit()}
-    write_whole(RESULTS, json.dumps({**facts, "batch": BATCH, "tasks": TASKS, "rows": rows}, indent=1) + "\n")
+    values = {**facts, "batch": BATCH, "tasks": TASKS, "rows": rows, "saturated": saturated}
+    write_whole(RESULTS, json.dumps(values, indent=1) + "\n")
 
 
 if __name__ == "__main__":
