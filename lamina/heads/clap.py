@@ -35,7 +35,8 @@ class ClapHead(TextHead):
 
     t is what the text tower says of a class; v what becomes of it when it looks at images (`Guidance`); z a draw from
     the Gaussian that the encoder of the class's task makes of t + v (`Encoders`). Draws are shared by all images of a
-    batch. Class features are not brought to length 1, so logits are no cosines.
+    batch. As in the paper, class features are not brought to length 1, so logits are no cosines: an untrained v alone
+    has the length √F, and they lie √F times as far apart as those of the names. `cosine` brings them to length 1.
 
     Beside the loss on the scores of all draws there are, for tasks whose encoder learns, the divergence of their
     Gaussians from N(0, 1), and the language-aware loss: draws of a task's classes must tell apart what templates say
@@ -55,11 +56,13 @@ class ClapHead(TextHead):
         start: what encoders of a new task begin with.
         weights: of the divergence and of the language-aware loss.
         anchored: for which tasks the latter is: those whose encoder learns, those of the past, or all.
+        cosine: bring what is drawn to length 1.
         future: a class of a task to come has the newest encoder; without, its draws are left out.
         scale: of products; what pre-training left if not given.
 
     Raises:
-        ConfigError: when encoders are to start from a variance over templates and there is one template.
+        ConfigError: when encoders are to start from a variance over templates and there is one template; when cosines
+            are asked for the mean of their draws in closed form.
     """
 
     texts: ClassTexts
@@ -78,6 +81,7 @@ class ClapHead(TextHead):
         start: Start = "language",
         weights: tuple[float, float] = (0.001, 15.0),
         anchored: Anchored = "learning",
+        cosine: bool = False,
         future: bool = True,
         scale: float | None = None,
     ) -> None:
@@ -90,9 +94,11 @@ class ClapHead(TextHead):
         self.bank, self.width = templates, templates.tower.features
         self.guidance, self.encoders = guidance, encoders
         self.samples, self.mc, self.average, self.start = samples, mc, average, start
-        self.weights, self.anchored, self.future = weights, anchored, future
+        self.weights, self.anchored, self.cosine, self.future = weights, anchored, cosine, future
         self.transductive = guidance is not None and guidance.context == "batch"
         self.sampling = encoders is not None and encoders.learns_spread
+        if cosine and mc == "mean" and self.sampling:
+            raise ConfigError('cosines of draws have no mean in closed form; take mc="sample" or cosine=false')
         self._sizes: list[int] = []  # of the tasks that brought new classes, one after the other
         self._trained = 0  # classes that are not there by their names alone
         self._noise: list[Tensor] = []  # of each class, (S, F)
@@ -180,12 +186,18 @@ class ClapHead(TextHead):
             noise: (S, C, F).
         """
         images = F.normalize(features, dim=-1)
+        if self.cosine and (spread is None or noise is None):
+            centre = F.normalize(centre, dim=-1)
         logits = images @ centre[0].mT if centre.shape[0] == 1 else torch.einsum("bf,bcf->bc", images, centre)
         if spread is None or noise is None:
             return self.scale * logits
         # Images times deviations once, then one product per class: draws of features (S, B, C, F) are never made.
-        off = torch.bmm((images[:, None] * spread).transpose(0, 1), noise.permute(1, 2, 0))  # (C, B, S)
-        return self.scale * (logits + off.permute(2, 1, 0))
+        logits = logits + moved(images[:, None] * spread, noise)
+        if not self.cosine:
+            return self.scale * logits
+        # |c + d|² = |c|² + 2 c·d + |d|² for a centre c and a draw d from it: two more products per class
+        lengths = centre.square().sum(-1) + 2 * moved(centre * spread, noise) + moved(spread.square(), noise.square())
+        return self.scale * logits * lengths.clamp_min(torch.finfo(lengths.dtype).tiny).rsqrt()
 
     def predicted(self, features: Tensor) -> Tensor:
         """Return logits (B, C) of images (B, F)."""
@@ -195,6 +207,8 @@ class ClapHead(TextHead):
         noise = self.noise(features.device)
         if self.average == "probabilities":
             return mixture(self.scored(features, around + mean, spread, noise))
+        if self.cosine:
+            return self.scored(features, around + mean, spread, noise).mean(0)
         # logits are linear in the draws, so their mean is that of one mean draw
         return self.scored(features, around + mean, spread, noise.mean(0, keepdim=True))[0]
 
@@ -239,6 +253,11 @@ class ClapHead(TextHead):
         new = len(out.texts.classes) - len(self.texts.classes)
         out._sizes = [*self._sizes, new] if new else self._sizes
         return out
+
+
+def moved(by: Tensor, noise: Tensor) -> Tensor:
+    """Return the products (S, B, C) of what multiplies the draws of a class (B, C, F) and these draws (S, C, F)."""
+    return torch.bmm(by.transpose(0, 1), noise.permute(1, 2, 0)).permute(2, 1, 0)
 
 
 def anchor(said: Tensor, drawn: Tensor) -> Tensor:

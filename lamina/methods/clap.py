@@ -57,6 +57,7 @@ class CLAP(ByName):
     heads: int | None = Field(None, ge=1, description="of the attention; left out, the released code's")
     normed: bool | None = Field(None, description="norms before encoders; left out, with words of CoOp or MaPLe")
     samples: int = Field(20, ge=1, description="draws in a step, and for a prediction (S)")
+    cosine: bool = Field(False, description="bring what is drawn to length 1, so that logits are cosines; ours")
     mc: MonteCarlo = Field("sample", description="predict by draws, or by their limit in closed form")
     average: Average = Field("logits", description="what a prediction averages over draws")
     start: Start = Field("language", description="of a new encoder: from templates, zero, or as PyTorch starts it")
@@ -104,7 +105,7 @@ class CLAP(ByName):
             EachText(side, templates_of(self.templates), self.names),
             Guidance(width, self.heads or kind.heads, context=self.context) if self.guidance else None,
             None if self.encoder == "none" else encoders,
-            **self.model_dump(include={"samples", "mc", "average", "start"}),
+            **self.model_dump(include={"samples", "mc", "average", "start", "cosine"}),
             weights=(self.divergence, self.language),
             anchored=self.anchored or ("learning" if self.keeps else "all"),
         )

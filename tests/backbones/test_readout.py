@@ -250,8 +250,8 @@ def test_a_name_may_say_what_is_read():
     {
         "timm:test_vit@random#mean_pach": "no read-out is called 'mean_pach'; did you mean 'mean_patch'? Known: cls, "
         "fresh, mean_all, mean_patch, pretrained; or a size, such as 512px",
-        "timm:test_vit@random#cls,mean_all": "features are read in one way; got cls,mean_all: name one pooling, one norm "
-        "and one size at most",
+        "timm:test_vit@random#cls,mean_all": "features are read in one way; got cls,mean_all: name one pooling, one "
+        "norm and one size at most",
         "timm:vit_base_patch16_siglip_224@random#cls": "there is no class token to read; take mean_patch or mean_all",
         "timm:vit_base_patch16_siglip_224@random#fresh": "it pools by 'map', which is none of cls, mean_patch, "
         "mean_all; name one of these beside fresh",

@@ -129,7 +129,8 @@ def scores_by_hand(head, features, noise):
         for b in range(len(features)):
             for k in range(6):
                 z = mean[b, k] + spread[b, k] * noise[s, k]
-                out[s, b, k] = 20 * F.normalize(features[b], dim=0) @ (around[b, k] + z)
+                seen = F.normalize(around[b, k] + z, dim=0) if head.cosine else around[b, k] + z
+                out[s, b, k] = 20 * F.normalize(features[b], dim=0) @ seen
     return out
 
 
@@ -144,7 +145,7 @@ def learning(head):
 
 
 @every_context
-@pytest.mark.parametrize("options", [{}, {"normed": True}, {"shared": True}, {"texts": "coop"}])
+@pytest.mark.parametrize("options", [{}, {"normed": True}, {"shared": True}, {"texts": "coop"}, {"cosine": True}])
 def test_scores_are_those_of_draws_one_by_one(side, context, options):
     """In training new draws for every class, the same for all images; else those of the head."""
     head, features = met(side, context=context, **options), 3 * drawn(7, 24)
@@ -187,6 +188,21 @@ def test_draws_without_limit_have_the_mean_that_is_predicted_in_closed_form(side
         close(head(features).logits, limit)
         head.average = "probabilities"
         close(head(features).logits, limit)
+
+
+def test_cosines_of_means_alone_are_cosines_and_no_longer_than_the_scale(side):
+    head, features = met(side, cosine=True, spread=False), 3 * drawn(7, 24)
+    with torch.no_grad():
+        around, mean, _ = parts_by_hand(head, features)
+        expected = 20 * F.cosine_similarity(features[:, None], around + mean, dim=-1)
+        close(head(features).logits, expected)
+    assert expected.abs().max() <= 20
+
+
+def test_cosines_have_no_mean_in_closed_form(side):
+    with pytest.raises(ConfigError, match='take mc="sample" or cosine=false'):
+        made(side, cosine=True, mc="mean")
+    assert made(side, cosine=True, mc="mean", spread=False).mc == "mean"
 
 
 def test_without_a_spread_draws_are_the_deterministic_variant(side, monkeypatch):
