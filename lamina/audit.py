@@ -40,6 +40,7 @@ class Drift(Settings):
     old: Amount | None  # of images of earlier lessons, estimated; None where no protection can say
     bound: Amount | None  # the same for the worst move of that length
     blocks: list[BlockDrift]
+    retrained: bool = False  # what the head has for old classes, too, learned on; if not, old scores follow features
 
 
 class Lesson(Settings):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lamina.audit import BlockDrift, Drift
+from lamina.heads.base import Head
 from lamina.model import Batch, PromptedModel
 from lamina.protections.base import Felt, Protection
 
@@ -35,8 +36,9 @@ def lesson_drift(
         remembered: by the same protections before it, as from `state_dict`.
         spread: root mean squared distance of old features from their mean.
     """
-    if _same(before, after):
-        return Drift(new=0.0, old=0.0, bound=0.0, blocks=[])  # what is frozen, or was left alone, does not move
+    retrained = _retrained(before.head, after.head)
+    if _same(before, after):  # what is frozen, or was left alone, does not move
+        return Drift(new=0.0, old=0.0, bound=0.0, blocks=[], retrained=retrained)
     new = _moved(before, after, batches) / max(spread, 1e-12)
     prompts = before.prompts
     for protection, memory in zip(protections, remembered, strict=True):
@@ -52,10 +54,23 @@ def lesson_drift(
         blocks = [
             BlockDrift(block=f.layer, step=f.step, old=unit * f.moved**0.5, bound=unit * f.worst**0.5) for f in old_felt
         ]
-        return Drift(
-            new=new, old=unit * _total(old_felt, "moved"), bound=unit * _total(old_felt, "worst"), blocks=blocks
-        )
-    return Drift(new=new, old=None, bound=None, blocks=[])
+        old, bound = (unit * _total(old_felt, which) for which in ("moved", "worst"))
+        return Drift(new=new, old=old, bound=bound, blocks=blocks, retrained=retrained)
+    return Drift(new=new, old=None, bound=None, blocks=[], retrained=retrained)
+
+
+def _retrained(before: Head, after: Head) -> bool:
+    """Say whether what a head had before has learned on, such as words or an attention that all classes share.
+
+    A number that multiplies all scores alike changes no answer, and rows for new classes behind those of old ones none
+    of theirs.
+    """
+    now = dict(after.named_parameters())
+    return any(
+        not torch.equal(value, now[name][tuple(map(slice, value.shape))])
+        for name, value in before.named_parameters()
+        if value.ndim > 0 and name in now
+    )
 
 
 def _same(ours: PromptedModel, theirs: PromptedModel) -> bool:

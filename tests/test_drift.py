@@ -106,6 +106,33 @@ def test_without_a_protection_nothing_is_claimed_about_old_images(tiny_vit):
     assert found.new > 0 and found.old is None and found.bound is None and found.blocks == []
 
 
+def shared(value):
+    """A head with words that all classes share, a scale, and a row for each class."""
+    head = LinearHead(24)
+    head.words, head.scale = torch.nn.Parameter(torch.full((5, 7), value)), torch.nn.Parameter(torch.tensor(value))
+    head.rows = torch.nn.Parameter(torch.arange(3.0)[:, None].repeat(1, 2))
+    return head
+
+
+@pytest.mark.parametrize(
+    "change, retrained",
+    [
+        (lambda head: None, False),
+        (lambda head: head.words.data[4, 6].add_(1), True),
+        (lambda head: head.scale.data.add_(1), False),
+        (lambda head: setattr(head, "more", torch.nn.Parameter(torch.ones(2))), False),
+        (lambda head: setattr(head, "rows", torch.nn.Parameter(torch.arange(9.0)[:, None].repeat(1, 2))), False),
+        (lambda head: setattr(head, "rows", torch.nn.Parameter(torch.ones(9, 2))), True),
+    ],
+)
+def test_a_head_learned_on_if_what_old_classes_had_of_it_is_another(tiny_vit, change, retrained):
+    before, after = (PromptedModel(tiny_vit, None, shared(2.0)) for _ in range(2))
+    after.head.load_state_dict(before.head.state_dict())
+    change(after.head)
+    expected = Drift(new=0.0, old=0.0, bound=0.0, blocks=[], retrained=retrained)
+    assert lesson_drift(before, after, [], [], [], 1.0) == expected
+
+
 def test_what_has_no_prompts_does_not_drift(tiny_vit):
     model = PromptedModel(tiny_vit, None, LinearHead(24))
     assert lesson_drift(model, model, [], [], [], 1.0) == Drift(new=0.0, old=0.0, bound=0.0, blocks=[])

@@ -52,6 +52,17 @@ def test_descriptions_of_old_classes_stay_when_new_ones_come(tiny, folder, tmp_p
 
 
 @pytest.mark.parametrize("method", ["zero-shot", "coop"])
+def test_words_that_learned_on_are_told_though_no_image_moved(method, tiny, folder, tmp_path, command):
+    path, quick = tmp_path / "m.lamina", ["--set", "epochs=1"] if method == "coop" else []
+    assert command("learn", path, folder, "--method", method, "--backbone", tiny, *quick)[0] == 0
+    code, out, _ = command("learn", path, pictures(tmp_path / "b", ["tench", "yak"], count=5))
+    assert code == 0 and "this lesson left all features as they were" in out
+    assert ("may have been forgotten: `lamina evaluate`" in out) == (method == "coop")
+    assert ("old classes have not moved" in out) == (method == "zero-shot")
+    assert ("may have been forgotten" in command("inspect", path)[1]) == (method == "coop")
+
+
+@pytest.mark.parametrize("method", ["zero-shot", "coop"])
 def test_further_names_are_scored_beside_the_learned_ones(method, tiny, folder, tmp_path, command):
     path = tmp_path / "m.lamina"
     quick = ["--set", "epochs=1"] if method == "coop" else []

@@ -61,14 +61,24 @@ def images(count: int) -> str:
 
 
 def moved_line(drift: Any) -> str:
-    """Say how far old classes may have moved."""
+    """Say how far old classes may have moved, and whether what they share with new ones has learned on."""
+    if not drift.retrained:
+        return _moved(drift)
+    return (
+        f"{_moved(drift, of_classes=False)}; but what the classifier has for all classes learned on, from the new ones "
+        "alone, so old classes may have been forgotten: `lamina evaluate` on images of theirs tells"
+    )
+
+
+def _moved(drift: Any, *, of_classes: bool = True) -> str:
     if drift.old is None or drift.bound is None:
         return (
             f"how far old classes moved is not known: features of the new images moved by {percent(drift.new)} of the "
             "spread of old features, and those of old images may have moved as far"
         )
     if drift.new == 0:
-        return "old classes have not moved: this lesson left all features as they were"
+        said = "this lesson left all features as they were"
+        return f"old classes have not moved: {said}" if of_classes else said
     return (
         f"old features moved by an estimated {percent(drift.old)} of their spread (worst case of a step that long: "
         f"{percent(drift.bound)}), new ones by {percent(drift.new)}"
@@ -100,7 +110,7 @@ def print_inspected(known: dict[str, Any], file: Any) -> None:
                 "held out": lesson.held_out,
                 "accuracy (%)": None if lesson.accuracy is None else round(100 * lesson.accuracy, 1),
                 "seconds": None if lesson.seconds is None else round(sum(lesson.seconds.values()), 1),
-                "old classes moved (%)": _drift_percent(lesson.drift, "old"),
+                "old features moved (%)": _drift_percent(lesson.drift, "old"),
                 "worst step (%)": _drift_percent(lesson.drift, "bound"),
             }
             for number, lesson in enumerate(file.lessons, 1)

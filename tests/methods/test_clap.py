@@ -314,7 +314,7 @@ def test_defaults_are_the_papers_but_for_what_depends_on_a_batch():
         "batch_size": 64, "lr": 0.001, "momentum": 0.0, "names": {}, "text": "hand", "templates": "cifar",
         "preset": "ours", "variational": True, "encoder": "task", "guidance": True, "context": "image", "heads": None,
         "normed": None, "samples": 20, "mc": "sample", "average": "logits", "start": "language", "divergence": 0.001,
-        "language": 15.0, "anchored": None, "warmup": 0.2,
+        "language": 15.0, "anchored": None, "warmup": 0.2, "cosine": False,
     }  # fmt: skip
     head = CLAP().build(tiny_clip()).model.head
     assert (head.samples, head.mc, head.average, head.start) == (20, "sample", "logits", "language")
@@ -325,9 +325,10 @@ def test_defaults_are_the_papers_but_for_what_depends_on_a_batch():
 def test_settings_reach_the_head():
     head = CLAP(
         samples=7, mc="mean", average="probabilities", start="zero", divergence=0.5, language=3.0, context="none",
-        heads=6, normed=True, encoder="shared", variational=False, templates="the {}",
+        heads=6, normed=True, encoder="shared", variational=False, templates="the {}", cosine=True,
     ).build(tiny_clip()).model.head  # fmt: skip
     assert (head.samples, head.mc, head.average, head.start) == (7, "mean", "probabilities", "zero")
+    assert head.cosine and not CLAP().build(tiny_clip()).model.head.cosine
     assert (head.weights, head.guidance.context, head.guidance.layer.self_attn.num_heads) == ((0.5, 3.0), "none", 6)
     assert (head.encoders.normed, head.encoders.shared, head.encoders.learns_spread) == (True, True, False)
     assert head.bank.templates == ["the {}"]
