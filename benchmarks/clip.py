@@ -19,7 +19,7 @@ PROMPTED = ("clip-seq", "clip-nsp2", "clip-pgp", "maple")
 #: old images a class, where methods are compared with them and without
 MEMORY = 10
 #: CLAP as the paper has it, in place of its recipes
-PAPER = {"cosine": False, "lr": 0.001, "language": 15.0, "epochs": 5}
+PAPER = {"cosine": False, "lr": 0.001, "language": 15.0, "epochs": 5, "balance": 2}
 #: what `lamina learn` takes of CLAP, which has no old images then
 ALONE = {"negatives": "task", "lr": 0.03, "language": 0.5}
 

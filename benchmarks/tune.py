@@ -6,7 +6,7 @@
 Tuning for `tiny-odd-10` happens on the other half of the classes, with half the images and fewer passes; tuning for
 `digits` on a quarter of its training images that is held out. Every try and its result goes
 to `benchmarks/results/tuning-STREAM.json`; what is there is not run again. The best try by final accuracy
-is printed last, per method. clap has ten tries, on digits alone: names of even classes are known to clip-nano.
+is printed last, per method. clap has thirteen tries, on digits alone: names of even classes are known to clip-nano.
 """
 
 from __future__ import annotations
@@ -84,6 +84,9 @@ TRIES: dict[str, list[dict[str, Any]]] = {
         {**COSINE, "epochs": 5},
         {**COSINE, "epochs": 20},
         {**COSINE, "epochs": 5, "balance": 10},
+        {**COSINE, "epochs": 20, "balance": 10},
+        {**COSINE, "epochs": 20, "balance": 10, "lr": 0.1, "language": 0.15},
+        {**COSINE, "epochs": 20, "balance": 10, "lr": 0.1, "language": 0.0},
         {**COSINE, "epochs": 5, "lr": 0.03, "language": 0.5},
         {**COSINE, "epochs": 5, "lr": 0.6, "language": 0.025},
         {**CLAP, "epochs": 5, "memory": 0, "negatives": "task"},
