@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -150,6 +151,7 @@ class Study:
         for variant, seed in self.wanted(given.only):
             run, command = variant.key(seed), variant._replace(run={**self.run, **variant.run}).command(seed)
             label = "-".join(command.replace("--", "").replace('"', "").split()[2:])
+            label += f"-{hashlib.sha256(run.encode()).hexdigest()[:8]}"  # another one where a recipe has changed
             try:
                 with FileLock(given.out / f"{label}.lock", blocking=False):
                     if run in self.known():

@@ -212,7 +212,8 @@ class ContinualModel:
         """Return probabilities, novelty and uncertainty of images (B, 3, size, size), uint8, as `plain` makes them.
 
         Args:
-            head: from `Head.preview`, for probabilities over further classes, too; novelty and draws are as without.
+            head: from `Head.preview`, for probabilities over further classes, too, and what is uncertain about these;
+                novelty is as without.
 
         Raises:
             ConfigError: when nothing was learned yet.
@@ -220,10 +221,10 @@ class ContinualModel:
         if not self.lessons:
             raise ConfigError("this model knows no class yet; let it learn some first")
         logits, features = self._scored(Batch(self.fabric.to_device(self.plain.normalised(pixels))), self.model)
-        draws = self.model.head.samples_of(features)
+        draws = (head or self.model.head).eval().samples_of(features)
         said = sureness(logits, features, self._gaussians, self.confidence, draws)
         if head is not None:
-            wider = averaged(Output(head.eval()(features).logits, {})).float() / self.confidence.temperature
+            wider = averaged(Output(head(features).logits, {})).float() / self.confidence.temperature
             shares = wider.softmax(-1)
             said = Sureness(shares, said.novelty, {**said.uncertainty, "entropy": entropy(shares)})
         novelty, unsure = ({name: part.cpu() for name, part in parts.items()} for parts in said[1:])

@@ -135,8 +135,8 @@ def test_uncertainty_is_the_entropy_of_all_probabilities_and_is_printed_when_ask
         entropy = -sum(share * math.log(share) for share in shares if share)
         assert said["uncertainty"] == {"entropy": pytest.approx(entropy, abs=1e-4)}
     header, first, *_ = command(*words, "--uncertainty")[1].splitlines()
-    assert header.split() == ["probability", "novelty", "entropy", "disagree", "class,", "image"]
-    assert first.split()[3].replace(".", "").isdigit() and first.split()[4] == "–"
+    assert header.split() == ["probability", "novelty", "entropy", "agree", "disagree", "class,", "image"]
+    assert first.split()[3].replace(".", "").isdigit() and first.split()[4:6] == ["–", "–"]
     table = csv.DictReader(io.StringIO(command(*words, "--uncertainty", "--format", "csv")[1]))
     assert [row["mutual_information"] for row in table] == [""] * 28
 

@@ -133,6 +133,11 @@ def test_a_model_that_draws_says_why_it_is_uncertain(tiny, folder, tmp_path, com
         assert said["entropy"] > 0 and said["mutual_information"] > 0
     alone = [json.loads(command("predict", path, line, "--format", "jsonl")[1])["uncertainty"]
              for line in sorted(map(str, (folder / "emu").iterdir()))[:2]]  # fmt: skip
+    wider = [json.loads(line)["uncertainty"] for line in command(*asked, "--also", "yak,gnu")[1].splitlines()]
+    for said, before in zip(wider, rows, strict=True):  # draws tell of the names that are asked beside, too
+        parts = said["expected_entropy"] + said["mutual_information"]
+        assert said["entropy_of_draws"] == pytest.approx(parts, abs=1e-6)
+        assert said["entropy_of_draws"] > before["entropy_of_draws"]
     # draws are the same, whoever is beside; a tower in bf16 rounds as the shape of a batch has it
     assert alone == [pytest.approx(said, rel=1e-2) for said in rows[:2]]
 

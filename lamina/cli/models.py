@@ -21,6 +21,8 @@ from lamina.errors import ConfigError, LaminaError
 #: of a prediction: its entropy; that of the mean of draws, what more images of the kind would not change of it, and
 #: what they would
 _UNSURE = ("entropy", "entropy_of_draws", "expected_entropy", "mutual_information")
+#: columns of the table; what draws agree on and what they do not add up to the entropy of their mean
+_TITLES = {"entropy": "entropy", "agree": "expected_entropy", "disagree": "mutual_information"}
 
 #: what `predict` says at the end when some images could not be read
 SOME_BROKEN = 3
@@ -342,7 +344,7 @@ def _printed(predictions: Iterable[Any], form: Format, top: int, flag_novel: boo
             writer.writerow([printable(p.path), *pairs, p.novelty, p.novel, *unsure, p.error])
             yield line.text
     else:
-        columns = f"{'entropy':>7}  {'disagree':>8}  " if uncertainty else ""
+        columns = "".join(f"{title:>8}  " for title in _TITLES) if uncertainty else ""
         yield f"{'probability':>11}  {'novelty':>7}  {columns}class, image"
         for p in predictions:
             if p.error is not None:
@@ -351,8 +353,8 @@ def _printed(predictions: Iterable[Any], form: Format, top: int, flag_novel: boo
             mark = "new? " if flag_novel and p.novel else ""
             others = "".join(f", {printable(name)} {percent(share)}" for name, share in p.top[1:])
             said = f"{mark}{printable(p.top[0][0])}{others}"
-            parts = [p.uncertainty.get(name) for name in ("entropy", "mutual_information")] if uncertainty else []
-            told = "".join(f"{'–' if v is None else f'{v:.2f}':>{w}}  " for v, w in zip(parts, (7, 8), strict=False))
+            parts = [p.uncertainty.get(name) for name in _TITLES.values()] if uncertainty else []
+            told = "".join(f"{'–' if value is None else f'{value:.2f}':>8}  " for value in parts)
             yield f"{percent(p.top[0][1]):>11}  {p.novelty:>7.2f}  {told}{said}  {printable(p.path)}"
 
 

@@ -26,7 +26,7 @@ _KEYS = (("bar", "accuracy of a bin"), ("gap", "its gap to the mean confidence")
 def reliability_diagram(bins: Sequence[Bin]) -> str:
     """Return the diagram with its legend, once for wide screens and once for narrow ones."""
     drawings = "".join(
-        f'<div class="{name}">{_diagram(bins, width, height)}</div>'
+        f'<div class="{name}">{diagram(bins, width, height)}</div>'
         for name, width, height in (("wide", 700, 470), ("narrow", 360, 400))
     )
     items = "".join(
@@ -101,7 +101,8 @@ def detection_table(named: Sequence[tuple[Record, str]]) -> str:
     )
 
 
-def _diagram(bins: Sequence[Bin], width: int, height: int) -> str:
+def diagram(bins: Sequence[Bin], width: int, height: int) -> str:
+    """Return the drawing alone, in classes of `DIAGRAM_STYLE`: accuracy by confidence, and how many images of each."""
     left, right, top, foot = 44, 12, 10, 128
     floor, step = height - foot, (width - left - right) / len(bins)
     high, most = floor - top, max(each["images"] for each in bins)
