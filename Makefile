@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo test test-all check format tables bench
-demo: .venv/ready           ## learn ten digits two at a time and compare four methods (about 4 minutes)
+demo: .venv/ready           ## learn ten digits two at a time and compare four methods (4 minutes on two cores with bf16, 10 without)
 	$(BIN)/lamina demo
 
 test: .venv/ready           ## the fast tests (some seven minutes on two cores)

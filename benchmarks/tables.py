@@ -304,6 +304,7 @@ SHOWN: dict[str, Callable[[Any], str]] = {
     "long-streams": long_streams,
     "heads": costs,
     "votes": votes,
+    "clap-context": votes,
     "pool-costs": pool_costs,
     "clip-costs": clip_costs,
     "clap-costs": clap_costs,

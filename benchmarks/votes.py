@@ -1,6 +1,6 @@
 """What a test batch gives away: what was learned, read by each image for itself or by all of a batch together.
 
-    python benchmarks/votes.py RUN [RUN ...] --data DIR       writes benchmarks/results/votes.json
+    python benchmarks/votes.py RUN [RUN ...] --data DIR [--name votes]       writes benchmarks/results/NAME.json
 
 Takes finished runs of methods that have the setting `selection` (which prompts of a pool are taken) or `context`
 (which images names look at). Test images come a task after another and sorted by class, as released code shows them, in
@@ -34,7 +34,7 @@ from lamina.training.evaluation import accuracies, summed
 from lamina.training.feed import Feed
 from lamina.training.launch import tower_dtype
 
-OUT = Path(__file__).parent / "results" / "votes.json"
+OUT = Path(__file__).parent / "results"
 SIZES = (1, 16, 128)
 SETTINGS = ("selection", "context")
 
@@ -78,11 +78,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--name", default="votes", choices=["votes", "clap-context"])
     given = parser.parse_args()
     torch.set_num_threads(1)
     runs = [measured(folder, given.data) for folder in given.runs]
     about = {"commit": commit(), "hardware": hardware(torch.device("cpu"))}
-    write_whole(OUT, json.dumps({**about, "runs": runs}, indent=1) + "\n")
+    write_whole(OUT / f"{given.name}.json", json.dumps({**about, "runs": runs}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

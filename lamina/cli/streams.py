@@ -101,7 +101,7 @@ def demo(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Learn ten digits two at a time, without and with protection, and compare: about four minutes."""
+    """Learn ten digits two at a time, without and with protection, and compare: four to ten minutes."""
     from lamina.results.report import write_report
     from lamina.runs import complete, plan
 
