@@ -91,6 +91,12 @@ STUDIES = {
     "lspt": ("accuracy", "task-aware", "forgetting", "training", "memory", "learned"),
     "pools": ("accuracy", "task-aware", "forgetting", "training", "evaluation", "memory", "learned", "stored"),
 }
+#: experiments of a study whose tables show something else
+EXPERIMENTS = {
+    "clip/ablation": ("accuracy", "average", "forgetting", "ece", "novel", "training"),
+    "clip/samples": ("accuracy", "ece", "novel", "training", "evaluation"),
+    "clip/memory": ("accuracy", "average", "bwt", "transfer", "ece", "novel", "learned"),
+}
 NAMES = ("null-space", "prompt-pools", "clip", "clap", "transfer")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES))
 
@@ -348,7 +354,7 @@ def rewrite(text: str, results: Path) -> tuple[str, list[str]]:
             study = json.loads((results / f"{group}.json").read_text())
             others = [results / f"{other}.json" for other in study.get("also", ())]
             more = [record for path in others if path.exists() for record in read_records(path)]
-            body = experiment(study, part, STUDIES[group], more)
+            body = experiment(study, part, EXPERIMENTS.get(name, STUDIES[group]), more)
         elif name in SHOWN:
             body = SHOWN[name](json.loads((results / f"{name}.json").read_text()))
         elif name in BACKBONES:

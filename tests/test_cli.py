@@ -164,7 +164,7 @@ SETTINGS = (
         (
             ["run", "nearest-mean", "--stream", "digits", "--backbone", "lamina:vit-nona"],
             "no backbone is called 'lamina:vit-nona'; did you mean 'lamina:vit-nano'? Known: lamina:clip-nano, "
-            "lamina:vit-nano",
+            "lamina:vit-nano, lamina:vit-nano-mae",
         ),
         (
             ["run", "vpt-nsp2", "--stream", "digits", "--set", "eta=1"],

@@ -94,7 +94,8 @@ def test_a_method_that_needs_images_cannot_be_asked_for_names(folder, tmp_path, 
 def test_names_are_refused_by_a_method_that_reads_none(folder, tmp_path, command):
     words = ["--method", "nearest-mean", "--backbone", BACKBONE, "--template", "a {}"]
     code, out, errors = command("learn", tmp_path / "m.lamina", folder, *words)
-    assert (code, out, len(errors)) == (2, "", 1) and "no setting is called 'templates'" in errors[0]
+    said = "--template: nearest-mean reads no templates; `lamina show nearest-mean` has its settings"
+    assert (code, out, errors) == (2, "", [f"lamina: {said}"])
 
 
 def test_a_file_taken_back_says_the_same(tiny, folder, tmp_path, command):
@@ -156,6 +157,24 @@ def test_names_that_are_asked_beside_count_in_the_entropy_and_known_ones_are_sai
     )
     assert said["uncertainty"]["entropy"] == pytest.approx(-sum(p * math.log(p) for p in shares), abs=1e-4)
     assert command(*words, " ,")[::2] == (2, ["lamina: --also takes names with commas between them; got ' ,'"])
+
+
+@pytest.mark.parametrize(
+    "method, option, message",
+    [
+        ("coop", ["--template", "the {}"], "--template: coop reads no templates; `lamina show coop` has its settings"),
+        ("strata", ["--names", "N"], "--names: strata reads no names; `lamina show strata` has its settings"),
+        ("coop", ["--names", "M"], "M says what classes are, in words; got emu = 3"),
+    ],
+)
+def test_what_a_method_does_not_read_is_refused_by_the_name_of_the_option(
+    method, option, message, folder, tmp_path, command
+):
+    (tmp_path / "N").write_text('emu = "bird"\n')
+    (tmp_path / "M").write_text("emu = 3\n")
+    words = [tmp_path / word if word in ("N", "M") else word for word in option]
+    said = message.replace("M says", f"{tmp_path / 'M'} says")
+    assert command("learn", tmp_path / "m.lamina", folder, "--method", method, *words) == (2, "", [f"lamina: {said}"])
 
 
 def test_a_description_of_a_class_that_is_not_there_is_said(tiny, folder, tmp_path, command):

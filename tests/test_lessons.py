@@ -473,7 +473,7 @@ def test_one_class_alone_is_not_enough_for_a_method_that_tells_the_classes_of_a_
         (
             ["--backbone", "lamina:vit-nona"],
             "no backbone is called 'lamina:vit-nona'; did you mean 'lamina:vit-nano'? Known: lamina:clip-nano, "
-            "lamina:vit-nano",
+            "lamina:vit-nano, lamina:vit-nano-mae",
         ),
         (
             ["--set", "epoch=3"],

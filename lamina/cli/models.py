@@ -90,6 +90,7 @@ def learn(
     """
     from lamina.config import assignments, read_toml
     from lamina.lessons import learn_folder
+    from lamina.registry import method_class
     from lamina.training.stopping import stop_signals
 
     given = assignments(changes or [])
@@ -97,6 +98,12 @@ def learn(
         given["templates"] = template
     if names is not None:
         given["names"] = read_toml(names)
+        for key, said in given["names"].items():
+            if not isinstance(said, str):
+                raise ConfigError(f"{names} says what classes are, in words; got {key} = {said!r}")
+    for option, field in (("--template", "templates"), ("--names", "names")):
+        if method is not None and field in given and field not in method_class(method).model_fields:
+            raise ConfigError(f"{option}: {method} reads no {field}; `lamina show {method}` has its settings")
     watch = progress_of(as_json)
     with stoppable(typed(), model.with_name(f".{model.name}.learning")), stop_signals() as should_stop:
         done = learn_folder(

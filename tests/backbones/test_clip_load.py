@@ -205,8 +205,8 @@ def test_a_name_without_weights_says_which_there_are(name):
 
 def test_an_empty_name_is_unknown():
     assert refused("open_clip:") == (
-        "no backbone is called 'open_clip:'. Known: lamina:clip-nano, lamina:vit-nano; or timm:NAME, or "
-        "open_clip:MODEL:TAG, see `lamina list backbones`"
+        "no backbone is called 'open_clip:'. Known: lamina:clip-nano, lamina:vit-nano, lamina:vit-nano-mae; or "
+        "timm:NAME, or open_clip:MODEL:TAG, see `lamina list backbones`"
     )
 
 
