@@ -65,8 +65,8 @@ def moved_line(drift: Any) -> str:
     if not drift.retrained:
         return _moved(drift)
     return (
-        f"{_moved(drift, of_classes=False)}; but what the classifier has for all classes learned on, from the new ones "
-        "alone, so old classes may have been forgotten: `lamina evaluate` on images of theirs tells"
+        f"{_moved(drift, of_classes=False)}; but what the classifier has for all classes learned on, without old "
+        "images, so old classes may have been forgotten: `lamina evaluate` on images of theirs tells"
     )
 
 
