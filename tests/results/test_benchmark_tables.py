@@ -74,8 +74,8 @@ def test_commits_and_hardware_that_differ_are_all_in_the_caption(call, seeds):
     [
         (
             README.replace("demo", "dem"),
-            "no table is called 'dem'; did you mean 'demo'? Known: clap-context, clap-costs, clip-costs, demo, demo-clip, "
-            "heads, long-streams, lspt-costs, methods, methods for CLIP, pool-costs, tiny-odd-10, votes",
+            "no table is called 'dem'; did you mean 'demo'? Known: clap-context, clap-costs, clip-costs, demo, "
+            "demo-clip, heads, long-streams, lspt-costs, methods, methods for CLIP, pool-costs, tiny-odd-10, votes",
         ),
         (
             README.replace("<!-- /table -->", ""),
