@@ -25,7 +25,8 @@ def test_memory_that_is_kept_is_not_asked_for_again():
     def faults(how):
         return int(subprocess.run([sys.executable, "-c", COUNTED, how], capture_output=True, text=True).stdout)
 
-    assert faults("keep") < 100  # of some 16,000 pages of 4 KiB
+    # of some 16,000 pages of 4 KiB; a kernel short of memory may take pages back meanwhile, but hardly three times
+    assert any(faults("keep") < 100 for _ in range(3))
     assert faults("plain") > 100
 
 
