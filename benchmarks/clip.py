@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from study import Study, Variant
 
+from lamina.continual import lesson_settings
+
 SEEDS = (0, 1, 2)
 #: whose images are encoded once
 KEPT = (
@@ -20,13 +22,11 @@ PROMPTED = ("clip-seq", "clip-nsp2", "clip-pgp", "maple")
 MEMORY = 10
 #: CLAP as the paper has it, in place of its recipes
 PAPER = {"cosine": False, "lr": 0.001, "language": 15.0, "epochs": 5, "balance": 2}
-#: what `lamina learn` takes of CLAP, which has no old images then
-ALONE = {"negatives": "task", "lr": 0.03, "language": 0.5}
 
 
 def compared(name: str, method: str, **settings: object) -> list[Variant]:
     """Return a method on digits with old images and without, where it may have them."""
-    without = {**settings, "memory": 0, **(ALONE if method == "clap" else {})}
+    without = {**settings, **lesson_settings(method), "memory": 0}  # as `lamina learn` takes them
     return [
         Variant(f"{name}, memory {MEMORY}", method, {**settings, "memory": MEMORY}, seeds=SEEDS, stream="digits"),
         Variant(name, method, without, seeds=SEEDS, stream="digits"),

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from tables import is_run_of
+
 from lamina.results.records import Record
 from lamina.results.reliability import bins_of, diagram
 from lamina.storage import write_whole
@@ -32,14 +34,7 @@ def main() -> None:
     records = [Record.from_dict(record) for record in values["records"]]
     parts = []
     for place, name in enumerate(ROWS):
-        row = rows[name]
-        run = next(
-            r
-            for r in records
-            if (r.method, r.stream, r.seed) == (row["method"], STREAM, 0)
-            and r.settings.items() <= row["settings"].items()
-            and r.reliability
-        )
+        run = next(r for r in records if r.seed == 0 and is_run_of(r, rows[name]))
         x, y = place % 2 * (WIDTH + GAP), place // 2 * (HEIGHT + HEAD + GAP)
         said = f"{name}: {100 * run.metrics['accuracy']:.1f} % right, ECE {100 * run.metrics['ece']:.1f} %"
         parts.append(f'<text class="head" x="{x + 44}" y="{y + 20}">{said}</text>')

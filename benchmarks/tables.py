@@ -91,8 +91,7 @@ STUDIES = {
     "lspt": ("accuracy", "task-aware", "forgetting", "training", "memory", "learned"),
     "pools": ("accuracy", "task-aware", "forgetting", "training", "evaluation", "memory", "learned", "stored"),
 }
-#: experiments of a study whose tables show something else
-EXPERIMENTS = {
+EXPERIMENTS = {  # of a study, whose tables show something else
     "clip/ablation": ("accuracy", "average", "forgetting", "ece", "novel", "training"),
     "clip/samples": ("accuracy", "ece", "novel", "training", "evaluation"),
     "clip/memory": ("accuracy", "average", "bwt", "transfer", "ece", "novel", "learned"),
@@ -137,7 +136,7 @@ def experiment(values: Mapping[str, Any], name: str, columns: Sequence[str], mor
     ]
     used, waiting = [], []
     for row in values["experiments"][name]:
-        runs = {record.seed: record for record in records if _is_run_of(record, row)}
+        runs = {record.seed: record for record in records if is_run_of(record, row)}
         if not runs:
             waiting.append(row["name"])
             continue
@@ -151,9 +150,8 @@ def experiment(values: Mapping[str, Any], name: str, columns: Sequence[str], mor
     return "\n\n".join(["\n".join(lines)] * bool(used) + below) + "\n"
 
 
-def _is_run_of(record: Record, row: Mapping[str, Any]) -> bool:
-    """Say whether a record is of a row's method, settings, stream, protocol and seeds."""
-    # A record from before a setting was there is one of a run with its default.
+def is_run_of(record: Record, row: Mapping[str, Any]) -> bool:
+    """Say whether a record is of a row; one from before a setting was there is of a run with its default."""
     before = {name: value for name, value in row["settings"].items() if name in record.settings}
     defaults = {name: value for name, value in row["settings"].items() if name not in record.settings}
     fields = method_class(record.method).model_fields if defaults else {}
