@@ -17,7 +17,7 @@ KEPT = (
     *("zero-shot", "strata-clip", "clip-adapter", "proof", "coop", "proda", "attriclip", "bayes-prompt"),
     "cocoop",
 )
-PROMPTED = ("clip-seq", "clip-nsp2", "clip-pgp", "maple")
+PROMPTED = ("clip-seq", "clip-nsp2", "clip-pgp", "maple", "clap-nsp2")
 #: old images a class, where methods are compared with them and without
 MEMORY = 10
 #: CLAP as the paper has it, in place of its recipes

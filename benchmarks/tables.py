@@ -12,17 +12,19 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from views import SHOWN, listed
+
 from lamina import catalogue
 from lamina.errors import ConfigError, DataError, LaminaError, unknown
 from lamina.registry import default_backbone, method_class
 from lamina.results.records import Record, read_records
-from lamina.results.tables import aggregate, show, spread, to_markdown
+from lamina.results.tables import aggregate, spread, to_markdown
 from lamina.storage import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -163,114 +165,6 @@ def is_run_of(record: Record, row: Mapping[str, Any]) -> bool:
     )
 
 
-def long_streams(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Return the Markdown table of what `benchmarks/long_streams.py` wrote: a row for each run and measure."""
-    shown = sorted({row["task"] for run in runs for row in run["rows"]})
-    lines = [
-        f"| method | tasks | measure | {' | '.join(f'task {task}' for task in shown)} |",
-        f"|---|---:|---|{'---:|' * len(shown)}",
-    ]
-    for run in runs:
-        at = {row["task"]: row for row in run["rows"]}
-        for measure in run["rows"][0]:
-            if measure != "task":
-                cells = [str(at[task][measure]) if task in at else "–" for task in shown]
-                lines.append(f"| {run['method']} | {run['tasks']} | {measure} | {' | '.join(cells)} |")
-    commits = _values(f"`{run['commit'][:12]}`" for run in runs)
-    return "\n".join(lines) + f"\n\n{_values(run['hardware'] for run in runs)}; commit {commits}.\n"
-
-
-def costs(values: Mapping[str, Any]) -> str:
-    """Return the Markdown tables of what `benchmarks/heads.py` wrote: steps compared, and closed forms."""
-    lines = ["| step against step | on | times as long (quartiles) |", "|---|---|---:|"]
-    for size, pairs in values["steps, processor time"].items():
-        for pair, found in pairs.items():
-            low, high = found["quartiles"]
-            lines.append(f"| {pair} | {size} | {found['median']:.3f} ({low:.3f} to {high:.3f}) |")
-    lines += ["", "| closed form, 200 classes, 768 features | seconds |", "|---|---:|"]
-    lines += [f"| {name} | {seconds} |" for name, seconds in values["closed forms, seconds"].items()]
-    said = f"{values['processor']}, steps on one thread, closed forms on {values['threads of the closed forms']}"
-    return "\n".join(lines) + f"\n\nMedians of {values['rounds']} rounds; {said}; commit `{values['commit'][:12]}`.\n"
-
-
-def clap_costs(values: Mapping[str, Any]) -> str:
-    """Return the Markdown table of what `benchmarks/clap_costs.py` wrote: a line for each number of classes."""
-    names = list(values["rows"][0]["multiply_adds"])
-    heads = [f"{name}, million multiply-adds" for name in names] + [f"{name}, times linear" for name in names[1:]]
-    lines = [f"| classes | {' | '.join(heads)} |", f"|---:|{'---:|' * len(heads)}"]
-    for row in values["rows"]:
-        cells = [f"{row['multiply_adds'][name] / 1e6:,.1f}" for name in names]
-        cells += [f"{row['times'][f'{name} / linear']['median']:.0f}" for name in names[1:]]
-        lines.append(f"| {row['classes']} | {' | '.join(cells)} |")
-    said = f"A step of {values['batch']} kept features, {values['tasks']} tasks, medians"
-    return "\n".join(lines) + f"\n\n{said}; {values['processor']}, one thread; commit `{values['commit'][:12]}`.\n"
-
-
-def prompt_costs(values: Mapping[str, Any]) -> str:
-    """Return the Markdown table of what `benchmarks/lspt_costs.py` wrote: a line for each kind of prompts."""
-    sizes = values["sizes"]
-    lines = [f"| step against the bare tower's | {' | '.join(sizes)} |", f"|---|{'---:|' * len(sizes)}"]
-    for pair in next(iter(sizes.values())):
-        cells = [f"{found[pair]['median']:.2f}" for found in sizes.values()]
-        lines.append(f"| {pair.removesuffix(' / bare')} | {' | '.join(cells)} |")
-    said = f"Medians of {values['rounds']} rounds; {values['processor']}, one thread"
-    return "\n".join(lines) + f"\n\n{said}; commit `{values['commit'][:12]}`.\n"
-
-
-def votes(values: Mapping[str, Any]) -> str:
-    """Return the Markdown table of what `benchmarks/votes.py` wrote: a line for each run, a column for each choice."""
-    columns = list(dict.fromkeys((r["choice"], r["batch"], r["order"]) for run in values["runs"] for r in run["rows"]))
-    columns = [column for column in columns if column[0] == "batch" or column[2] == "sorted"]  # alone, order is nothing
-    titles = {"image": "each image for itself", "batch": "{} together, {}"}
-    words = {"sorted": "of a class and task", "mixed": "in no order"}
-    heads = [titles[choice].format(batch, words[order]) for choice, batch, order in columns]
-    lines = [f"| method | on | seed | trained | {' | '.join(heads)} |", f"|---|---|---:|---|{'---:|' * len(columns)}"]
-    for run in values["runs"]:
-        found = {(row["choice"], row["batch"], row["order"]): row["accuracy"] for row in run["rows"]}
-        trained = {"image": "each image for itself", "batch": "together"}[run["trained"]]
-        cells = [f"{100 * found[column]:.1f}" for column in columns]
-        lines.append(f"| {run['method']} | {run['stream']} | {run['seed']} | {trained} | {' | '.join(cells)} |")
-    said = "Accuracy in percent on the test images of all tasks"
-    return "\n".join(lines) + f"\n\n{said}; {values['hardware']}; commit `{values['commit']}`.\n"
-
-
-def pool_costs(values: Mapping[str, Any]) -> str:
-    """Return the Markdown table of what `benchmarks/pool_costs.py` wrote."""
-    lines = ["| method | on | step | prediction | weights in memory |", "|---|---|---:|---:|---:|"]
-    for size, found in values["sizes"].items():
-        for name, share in found["weights"].items():
-            pair = f"{name} / vpt-deep"
-            cells = [
-                f"{found[kind][pair]['median']:.2f}" if pair in found[kind] else "1" for kind in ("step", "prediction")
-            ]
-            lines.append(f"| {name} | {size} | {' | '.join(cells)} | {share:.3f} |")
-    said = "Steps and predictions as multiples of vpt-deep's, weights as multiples of the frozen backbone's"
-    tail = f"medians of {values['rounds']} rounds; {values['processor']}, one thread; commit `{values['commit'][:12]}`"
-    return "\n".join(lines) + f"\n\n{said}; {tail}.\n"
-
-
-def clip_costs(values: Mapping[str, Any]) -> str:
-    """Return the Markdown tables of what `benchmarks/clip_costs.py` wrote: steps compared, and many texts read."""
-    batch, size_of = values["images in a batch"], values["sizes"]
-    lines = ["| one against the other | with | times as long (quartiles) |", "|---|---|---:|"]
-    for size, found in size_of.items():
-        for pair, ratio in found["ratios"].items():
-            choices = found["choices in the batch"].get(pair.split(" / ")[-1])
-            said = "" if choices is None else f" ({choices} different choices by {batch} images)"
-            low, high = ratio["quartiles"]
-            lines.append(f"| {pair}{said} | {size} | {ratio['median']:.1f} ({low:.1f} to {high:.1f}) |")
-    bank = values["bank"]
-    texts = bank["classes"] * bank["templates"]
-    lines += [
-        "",
-        f"Reading {texts:,} texts, {bank['templates']} of each of {bank['classes']:,} classes, with clip-nano took ",
-    ]
-    lines[-1] += f"{bank['seconds']} s and {bank['more memory at the peak (MB)']} MB more than the model."
-    said = f"batches of {batch} images; medians of {values['rounds']} rounds; towers in {values['towers in']}"
-    tail = f"{values['processor']}, one thread, processor time; commit `{values['commit']}`"
-    return "\n".join(lines) + f"\n\nTen classes in a task; {said}; {tail}.\n"
-
-
 def methods(results: Path, backbone: str) -> str:
     """Return the Markdown table of all methods that have a backbone where none is asked for: what each is, how good.
 
@@ -303,31 +197,20 @@ def _is_of_recipe(record: Record) -> bool:
 METHODS_ON, RECORDS = "tiny-odd-10", ("tiny-odd-10", "pools", "clip", "lspt")
 #: tables of methods -> the backbone of theirs
 BACKBONES = {"methods": "lamina:vit-nano", "methods for CLIP": "lamina:clip-nano"}
-#: file of results -> what makes a table of it
-SHOWN: dict[str, Callable[[Any], str]] = {
-    "long-streams": long_streams,
-    "heads": costs,
-    "votes": votes,
-    "clap-context": votes,
-    "pool-costs": pool_costs,
-    "clip-costs": clip_costs,
-    "clap-costs": clap_costs,
-    "lspt-costs": prompt_costs,
-}
 
 
 def caption(records: Sequence[Record]) -> str:
     """Return the protocol, backbone, hardware and commit in one line; where runs differ, every value."""
     names = dict.fromkeys(name for record in records for name in record.protocol)
     protocol = [
-        f"{name.replace('_', ' ')} {_values(r.protocol[name] for r in records if name in r.protocol)}" for name in names
+        f"{name.replace('_', ' ')} {listed(r.protocol[name] for r in records if name in r.protocol)}" for name in names
     ]
-    backbones = _values(f"`{record.backbone['name']}`" for record in records)
-    commits = _values(f"`{record.commit}`" if record.commit else "unknown" for record in records)
+    backbones = listed(f"`{record.backbone['name']}`" for record in records)
+    commits = listed(f"`{record.commit}`" if record.commit else "unknown" for record in records)
     said = [
         f"Mean ± sample standard deviation over n seeds, in percent; {', '.join(protocol)}",
         f"backbone {backbones}",
-        _values(record.hardware for record in records),
+        listed(record.hardware for record in records),
         f"commit {commits}",
     ]
     return "; ".join(said) + "."
@@ -390,10 +273,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.write(f"{page.name}: table '{name}' {said}\n")
         stale |= bool(changed)
     return 1 if stale and given.check else 0
-
-
-def _values(values: Iterable[Any]) -> str:
-    return " / ".join(dict.fromkeys(" ".join(show(value).split()) for value in values))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Prompts, adapters and all weights on one task, on a supervised and on a self-supervised backbone: docs/transfer.md.
 
-    python benchmarks/transfer.py --data DIR [--only tiny-odd-1x10] [--methods lspt gapt]
+    python benchmarks/transfer.py --data DIR [--only tiny-odd-1x10] [--rows linear LSPT]
 
 Every row is one search by `lamina.selection`: rates are tried on a fifth of the training images that is held out, the
 best one learns from all of them and is tested over seeds. All rows of a stream have the same passes and as many tries.
@@ -25,7 +25,8 @@ from lamina.selection import transfer, transfer_plan
 from lamina.storage import write_whole
 
 OUT = Path(__file__).parent / "results" / "transfer.json"
-BACKBONES = ("lamina:vit-nano", "lamina:vit-nano-mae")
+#: read as VPT and GaPT read them: the class token, and the mean of patches and prompts
+BACKBONES = ("lamina:vit-nano", "lamina:vit-nano-mae#mean_all")
 STREAMS = ("tiny-odd-1x10", "tiny-odd-1x50", "digits")
 SEEDS = 3
 #: passes and images a step of all rows
@@ -65,6 +66,9 @@ ROWS = [
 ]
 
 
+NAMES = [row.name for row in ROWS]
+
+
 def known() -> dict[str, Any]:
     """Return what was found so far, by stream, backbone and row."""
     return json.loads(OUT.read_text())["rows"] if OUT.exists() else {}
@@ -73,12 +77,12 @@ def known() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=STREAMS, default=list(STREAMS))
-    parser.add_argument("--methods", nargs="+", default=[row.method for row in ROWS])
+    parser.add_argument("--rows", nargs="+", choices=NAMES, default=NAMES, metavar="NAME")
     parser.add_argument("--backbones", nargs="+", default=list(BACKBONES))
     parser.add_argument("--data", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs") / "transfer", help="folder of the runs")
     given = parser.parse_args()
-    wanted = [(s, b, r) for s in given.only for b in given.backbones for r in ROWS if r.method in given.methods]
+    wanted = [(s, b, r) for s in given.only for b in given.backbones for r in ROWS if r.name in given.rows]
     for stream, backbone, row in wanted:
         key = f"{stream} {backbone} {row.name}"
         folder = given.out / key.replace(" ", "_").replace("/", "-").replace(":", "-")
@@ -103,7 +107,7 @@ def main() -> None:
             "records": [record for record in records if record["settings"]["lr"] == summary["chosen"]["lr"]],
         }
         with FileLock(given.out / "results.lock"):
-            write_whole(OUT, json.dumps({"shared": SHARED, "rows": {**known(), key: found}}) + "\n")
+            write_whole(OUT, json.dumps({"shared": SHARED, "names": NAMES, "rows": {**known(), key: found}}) + "\n")
         print(key, summary["accuracy"], flush=True)
 
 
