@@ -47,7 +47,7 @@ class Row(NamedTuple):
 #: an adapter of as many numbers as the LSTM of LSPT has, on a backbone of width 192 and 12 blocks
 EQUAL = {"hidden": 64}
 ROWS = [
-    Row("linear", "linear-probe", {"temperature": 1.0}, ADAMW),
+    Row("linear", "linear-probe", {"temperature": 1.0}, [0.001, 0.003, 0.01, 0.03]),
     Row("BitFit", "bitfit", rates=ADAMW),
     Row("adapter, 1/8", "adapter", {"reduction": 8}, ADAMW),
     Row("adapter, as many numbers as LSPT", "adapter", EQUAL, ADAMW),

@@ -118,7 +118,7 @@ def clip_costs(values: Mapping[str, Any]) -> str:
 
 
 def transfer(values: Mapping[str, Any]) -> str:
-    """Return the Markdown tables of what `benchmarks/transfer.py` wrote: one for each stream, a column for a backbone."""
+    """Return the Markdown tables of what `benchmarks/transfer.py` wrote: one for each stream."""
     rows = list(values["rows"].values())
     backbones = sorted({row["backbone"] for row in rows})
     titles = [f"`{name}` (%)" for name in backbones]
@@ -145,7 +145,8 @@ def transfer(values: Mapping[str, Any]) -> str:
         said += ["", f"Not yet run: {', '.join(missing)}.", ""] if missing else [""]
     runs = [run for row in rows for run in row["records"]]
     shared = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values["shared"].items())
-    tail = f"{listed(run['hardware'] for run in runs)}; commit {listed(f'`{run["commit"]}`' for run in runs)}"
+    commits = listed(f"`{run['commit']}`" for run in runs)
+    tail = f"{listed(run['hardware'] for run in runs)}; commit {commits}"
     said += [f"Mean ± sample standard deviation over n seeds of one choice of the rate; {shared}; {tail}."]
     return "\n".join(said) + "\n"
 
