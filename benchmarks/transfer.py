@@ -31,8 +31,8 @@ STREAMS = ("tiny-odd-1x10", "tiny-odd-1x50", "digits")
 SEEDS = 3
 #: passes and images a step of all rows
 SHARED = {"epochs": 10, "batch_size": 32}
-#: tries of SGD and of AdamW
-SGD, ADAMW = [0.1, 0.3, 1.0], [0.0003, 0.001, 0.003]
+#: tries of SGD, and of AdamW for what is there already and for what is new
+SGD, ADAMW, NEW = [0.1, 0.3, 1.0], [0.0003, 0.001, 0.003], [0.001, 0.003, 0.01]
 
 
 class Row(NamedTuple):
@@ -47,11 +47,11 @@ class Row(NamedTuple):
 #: an adapter of as many numbers as the LSTM of LSPT has, on a backbone of width 192 and 12 blocks
 EQUAL = {"hidden": 64}
 ROWS = [
-    Row("linear", "linear-probe", {"temperature": 1.0}, [0.001, 0.003, 0.01]),
+    Row("linear", "linear-probe", {"temperature": 1.0}, NEW),
     Row("BitFit", "bitfit", rates=ADAMW),
-    Row("adapter, 1/8", "adapter", {"reduction": 8}, ADAMW),
-    Row("adapter, as many numbers as LSPT", "adapter", EQUAL, ADAMW),
-    Row("Bi-AdaptFormer", "bi-adaptformer", rates=ADAMW),
+    Row("adapter, 1/8", "adapter", {"reduction": 8}, NEW),
+    Row("adapter, as many numbers as LSPT", "adapter", EQUAL, NEW),
+    Row("Bi-AdaptFormer", "bi-adaptformer", rates=NEW),
     Row("VPT-shallow", "vpt-shallow"),
     Row("VPT-deep", "lspt", {"carry": "none", "spatial": "none", "clip_norm": 0.0}),
     Row("GaPT", "gapt", {"length": 10}),
