@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs" / "images" / "clap-reliability.svg"
 STREAM = "digits"
 #: names of rows of clip.json
-ROWS = ("zero-shot", "clap, as the paper has it", "clap, as its recipe has it", "strata-clip")
+ROWS = ("zero-shot", "clap, by the paper's plan", "clap, as its recipe has it", "strata-clip")
 WIDTH, HEIGHT, GAP, HEAD = 380, 400, 24, 34
 STYLE = """
 text{font:12px system-ui,sans-serif;fill:#1b1f24} .small{font-size:10px} .head{font-size:14px;font-weight:600}

@@ -51,8 +51,9 @@ PREFIX_RATES = [
     {"lr": 0.01, "temperature": 1.0},
     {"lr": 0.005, "temperature": 5.0},
 ]
-#: for learned words, by SGD, and for what is learned beside features
-WORD_RATES = [{"lr": 0.002}, {"lr": 0.006}, {"lr": 0.02}, {"lr": 0.06}]
+#: for learned words, by SGD, and for what is learned beside features; clip-nano's cosines count a fifth of CLIP's
+WORD_RATES = [{"lr": 0.002}, {"lr": 0.01}, {"lr": 0.05}, {"lr": 0.25}]
+PHOTO = {"words": "a photo of a", "length": 4}
 FEATURE_RATES = [{"lr": 0.001}, {"lr": 0.003}, {"lr": 0.01}, {"lr": 0.0003}]
 #: the paper's; and on cosines, where a step of equal length moves less, so the anchor weighs as much less
 CLAP = {"batch_size": 64, "lr": 0.001}
@@ -93,11 +94,11 @@ TRIES: dict[str, list[dict[str, Any]]] = {
         {**COSINE, "epochs": 20, "memory": 0, "negatives": "task"},
         {**COSINE, "epochs": 20, "memory": 0, "negatives": "task", "lr": 0.03, "language": 0.5},
     ],
-    "coop": WORD_RATES,
+    "coop": [{"lr": 0.002}, {"lr": 0.01, **PHOTO}, {"lr": 0.05, **PHOTO}, {"lr": 0.25, **PHOTO}],
     "bayes-prompt": WORD_RATES,
     "proda": WORD_RATES,
     "cocoop": WORD_RATES,
-    "attriclip": [{"lr": 0.0016}, {"lr": 0.005}, {"lr": 0.016}, {"lr": 0.05}],
+    "attriclip": [{"lr": 0.0016}, {"lr": 0.01}, {"lr": 0.05}, {"lr": 0.25}],
     "clip-adapter": FEATURE_RATES,
     "proof": FEATURE_RATES,
 }

@@ -8,6 +8,22 @@ from collections.abc import Callable
 Schedule = Callable[[float], float]
 
 
+class Moment(float):
+    """The share of training that is over before a step, which also knows how many steps there are.
+
+    >>> moment = Moment(3, 12)
+    >>> moment == 0.25, moment.steps
+    (True, 12)
+    """
+
+    steps: int
+
+    def __new__(cls, step: int, steps: int) -> Moment:
+        self = super().__new__(cls, step / steps)
+        self.steps = steps
+        return self
+
+
 def constant(progress: float) -> float:
     """Keep the learning rate.
 
@@ -74,18 +90,27 @@ def warmed(part: float, factor: float, schedule: Schedule) -> Schedule:
     return lambda progress: factor if progress < part else schedule((progress - part) / (1 - part))
 
 
-def rising(part: float, schedule: Schedule, *, start: float = 0.0) -> Schedule:
+def rising(part: float, schedule: Schedule, *, start: float | None = 0.0) -> Schedule:
     """Rise from a share of the learning rate to it in a part of training, and go through a schedule in the rest.
+
+    Args:
+        start: that share; None is one over the steps of the rise and one, so that the first step does something, too,
+            where a `Moment` says how many steps there are.
 
     >>> [round(rising(0.2, cosine())(p), 3) for p in (0.0, 0.05, 0.2, 0.6, 1.0)]
     [0.0, 0.25, 1.0, 0.5, 0.0]
     >>> [round(rising(0.2, cosine(), start=0.1)(p), 3) for p in (0.0, 0.1, 0.2)]
     [0.1, 0.55, 1.0]
+    >>> [round(rising(0.3, cosine(), start=None)(Moment(step, 10)), 3) for step in range(4)]
+    [0.25, 0.5, 0.75, 1.0]
     """
 
     def factor(progress: float) -> float:
         if progress < part:
-            return start + (1 - start) * (progress / part)
+            first = start or 0.0
+            if start is None and isinstance(progress, Moment):
+                first = 1 / (1 + round(part * progress.steps))
+            return first + (1 - first) * (progress / part)
         return schedule((progress - part) / (1 - part))
 
     return factor

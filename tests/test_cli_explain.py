@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from base64 import b64encode
 
 import numpy as np
 import pytest
@@ -146,3 +147,30 @@ def test_a_folder_that_cannot_be_written_is_told(trained, shop, command, tmp_pat
     (tmp_path / "taken").write_text("a file")
     refused(command, "could not be written", trained / "run", shop / "test" / "yak" / "9-0.png", "--out", "taken")
     assert (tmp_path / "taken").read_text() == "a file"
+
+
+def test_a_run_keeps_its_maps_in_its_folder_and_its_report_shows_them(trained, shop, command, tmp_path):
+    run = shutil.copytree(trained / "run", tmp_path / "run")
+    assert command("report", run)[0] == 0
+    assert "data:image/png" not in (run / "report.html").read_text()
+    for name in ("yak", "ant"):
+        code, out, _ = command("explain", run, shop / "test" / name / "9-0.png")
+        assert code == 0
+    assert out.splitlines()[-1].startswith(f"written to {run}/explained-2/maps.html")
+    assert command("report", run)[0] == 0
+    page = (run / "report.html").read_text()
+    for folder in ("explained", "explained-2"):
+        assert b64encode((run / folder / "maps.png").read_bytes()).decode() in page
+        assert f"<h3>run/{folder}</h3>" in page
+    assert "img-src data:" in page and "http:" not in page and "<script" not in page
+
+
+def test_a_report_of_several_runs_takes_maps_of_those_that_have_some(trained, shop, command, tmp_path):
+    for name in ("a", "b"):
+        shutil.copytree(trained / "run", tmp_path / "runs" / name)
+    assert command("explain", "runs/b", shop / "test" / "yak" / "9-0.png")[0] == 0
+    assert command("report", "runs")[0] == 0
+    page = (tmp_path / "runs" / "report.html").read_text()
+    assert page.count("data:image/png") == 1 and "<h3>b/explained</h3>" in page
+    assert command("report", "runs/a/results.json", "--out", "a.html")[0] == 0
+    assert "data:image/png" not in (tmp_path / "a.html").read_text()

@@ -82,3 +82,12 @@ def print_table(rows: list[dict[str, Any]], title: str | None = None) -> None:
 def note(text: str) -> None:
     """Tell people something without getting into what is printed."""
     print(text, file=sys.stderr, flush=True)
+
+
+def free_folder(folder: Path) -> Path:
+    """Return `folder`, or the first of folder-2, folder-3, ... that does not exist."""
+    number, found = 1, folder
+    while found.exists():
+        number += 1
+        found = folder.with_name(f"{folder.name}-{number}")
+    return found

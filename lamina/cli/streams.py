@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lamina.cli.shared import Data, Json, Set, app, note, print_table, progress_of, stoppable, typed
+from lamina.cli.shared import Data, Json, Set, app, free_folder, note, print_table, progress_of, stoppable, typed
 from lamina.cli.told import percent
 
 #: of the name of a run's folder, in bytes
@@ -70,7 +70,7 @@ def run(
     settings, used = plan(method, stream, recipe=recipe, overrides=overrides)
     named = f"{settings.method}-{settings.stream.name}".replace("/", "_").replace(":", "-")
     # the paths of two data sets may make a longer name than file systems allow
-    folder = out or _free(Path("runs") / os.fsencode(named)[:_LONGEST].decode(errors="ignore"))
+    folder = out or free_folder(Path("runs") / os.fsencode(named)[:_LONGEST].decode(errors="ignore"))
     if used is not None and not as_json:
         note(f"recipe {used.parent.name}/{used.name}" + (f": {settings.settings}" if settings.settings else ""))
     with stoppable(f"lamina resume {folder}", folder):
@@ -105,7 +105,7 @@ def demo(
     from lamina.results.report import write_report
     from lamina.runs import complete, plan
 
-    folder = out or _free(Path("runs") / ("demo-clip" if clip else "demo"))
+    folder = out or free_folder(Path("runs") / ("demo-clip" if clip else "demo"))
     records, command = [], "lamina demo --clip" if clip else "lamina demo"
     for method in _CLIP_DEMO if clip else _DEMO:
         settings, _ = plan(method, "digits")
@@ -129,7 +129,8 @@ def report(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Draw one page that compares runs; it opens offline."""
+    """Draw one page that compares runs, and shows what `lamina explain` drew of them; it opens offline."""
+    from lamina.results.pictures import find_pictures
     from lamina.results.records import find_records
     from lamina.results.report import write_report
     from lamina.results.tables import headline, usual_columns
@@ -141,7 +142,7 @@ def report(
     wanted = None if columns is None else [name.strip() for name in columns.split(",")]
     headline(records, wanted or usual_columns(records))  # so that a wrong column is found before anything is written
     page = out or (folders[0] if folders[0].is_dir() else folders[0].parent) / "report.html"
-    write_report(records, page)
+    write_report(records, page, find_pictures(folders))
     _show(records, as_json, page, wanted)
 
 
@@ -170,12 +171,3 @@ def _show(records: list[Any], as_json: bool, place: Path, columns: Sequence[str]
             "(mean over old tasks, after the last task)"
         )
     print(f"written to {place}")
-
-
-def _free(folder: Path) -> Path:
-    """Return `folder`, or the first of folder-2, folder-3, ... that does not exist."""
-    number, found = 1, folder
-    while found.exists():
-        number += 1
-        found = folder.with_name(f"{folder.name}-{number}")
-    return found

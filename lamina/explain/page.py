@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from base64 import b64encode
 from html import escape
 from pathlib import Path
 
@@ -12,14 +11,12 @@ from lamina import __version__
 from lamina.explain.drawing import grid, png, strip
 from lamina.explain.seen import Explanation, Seen
 from lamina.results.page import POLICY, counted, facts_list, html_table, percent_or_dash
+from lamina.results.pictures import PICTURE, STRIP_STYLE, embedded
 from lamina.results.style import STYLE
 from lamina.storage import write_whole
 from lamina.text import printable
 
-PAGE, PICTURE, ARRAYS = "maps.html", "maps.png", "maps.npz"
-
-#: what the page needs beyond the sheet of a report: room for a strip, and paper below it in the dark, too
-_STYLE = ".strip{display:block;min-width:52rem;width:100%;height:auto;background:#fff;border-radius:.4rem}"
+PAGE, ARRAYS = "maps.html", "maps.npz"
 
 
 def write(found: Explanation, folder: Path) -> list[Path]:
@@ -49,7 +46,7 @@ def page(found: Explanation, strips: list[Image.Image]) -> str:
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}; img-src data:">\n'
-        f"<title>{title}</title>\n<style>\n{STYLE}\n{_STYLE}\n</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{title}</title>\n<style>\n{STYLE}\n{STRIP_STYLE}\n</style>\n</head>\n<body>\n<main>\n"
         f'<header><p class="eyebrow">What a model looks at</p><h1>{title}</h1></header>\n'
         f'<section>{facts_list(found.facts)}<p class="say">{_text(notes)}</p><p class="say">{said}</p></section>\n'
         f"{images}<footer>Made with lamina {escape(__version__)}.</footer>\n</main>\n</body>\n</html>\n"
@@ -57,11 +54,9 @@ def page(found: Explanation, strips: list[Image.Image]) -> str:
 
 
 def _section(found: Explanation, seen: Seen, drawn: Image.Image) -> str:
-    inside = b64encode(png(drawn)).decode()
-    alt = f"Maps of {_text(seen.path)}, one for each block"
     return (
         f'<section><h2>{_text(seen.path)}</h2><p class="say">{escape(seen.said)}</p>'
-        f'<div class="scroll"><img class="strip" alt="{alt}" src="data:image/png;base64,{inside}"></div>'
+        f"{embedded(png(drawn), f'Maps of {seen.path}, one for each block')}"
         f"<details><summary>Numbers</summary>{_numbers(seen)}</details></section>\n"
     )
 

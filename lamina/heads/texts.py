@@ -246,6 +246,9 @@ class ContextTexts(ClassTexts):
         new = len(self.classes) - met
         if not len(self.contexts) or (self.scope != "shared" and new):
             self.contexts.append(nn.Parameter(self._new(new if self.scope == "class" else None)))
+        if not new:  # with nothing of its own to learn, a task goes on with what its classes have
+            for part in {self._of[column][0] for column in columns}:
+                self.contexts[part].requires_grad_(True)
         self._of += [(len(self.contexts) - 1, place) for place in range(new)]
 
     def _new(self, classes: int | None) -> Tensor:

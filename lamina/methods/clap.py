@@ -39,7 +39,7 @@ from lamina.model import PromptedModel
 from lamina.schedules import Schedule, cosine, rising
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"context": "batch", "average": "probabilities"},
+    "paper": {"context": "batch", "average": "probabilities", "anchored": "past"},
     "code": {"context": "batch", "batch_size": 32, "lr": 0.0016, "warmup": 0.3, "choose": "first"},
 }
 
@@ -112,7 +112,7 @@ class CLAP(ByName):
         return self.learner(PromptedModel(tower, kind.prompts, head), cache="off" if kind.prompts else "features")
 
     def schedule(self, lr: float) -> Schedule:
-        return rising(self.warmup, cosine(1e-3)) if lr == self.lr else cosine(1e-3)
+        return rising(self.warmup, cosine(1e-3), start=None) if lr == self.lr else cosine(1e-3)
 
     def refine(self, task: Task) -> Sequence[Phase]:
         """Learn from the memory alone, from the second task on, all encoders together; the attention stays."""

@@ -11,6 +11,7 @@ time. A scale of cosines above 100 is brought back to it in either case; there i
 
 Shared parts, in reading order:
     prompts              lamina.prompts.deep.DeepPrompts
+    settings of steps    lamina.methods.protected.InNullSpace
     projected steps      lamina.protections.null_space.NullSpace
     loss on moments      lamina.protections.distribution.TokenMoments
     classifier           lamina.heads.projected.ProjectedTextHead, or lamina.heads.text.TextHead
@@ -33,15 +34,14 @@ from lamina.data.stream import Task
 from lamina.errors import ConfigError
 from lamina.learner import Learner, Phase
 from lamina.methods.clip_seq import CLIPSeq
+from lamina.methods.protected import InNullSpace
 from lamina.prompts.deep import DeepPrompts
 from lamina.protections.distribution import TokenMoments
-from lamina.protections.null_space import NullSpace
-from lamina.protections.projector import Blend
 from lamina.protections.spectrum import Cut
 from lamina.schedules import steps_down
 
 
-class CLIPNSP2(CLIPSeq):
+class CLIPNSP2(InNullSpace, CLIPSeq):
     """Settings beside those of CLIP-Seq; the defaults are the authors' for ten tasks of CIFAR-100."""
 
     called: ClassVar[str] = "clip-nsp2"
@@ -50,18 +50,6 @@ class CLIPNSP2(CLIPSeq):
     refine: bool = Field(True, description="balance a copy of the image projection after each task, on draws")
     eta1: float = Field(0.98, ge=0, le=1, description="of channels: 0 lets every step through, 1 projects all of it")
     eta2: float = Field(0.98, ge=0, le=1, description="of tokens: 0 lets every step through, 1 projects all of it")
-    use_b1: bool = Field(True, description="project channels, so that old images see the same keys")
-    use_b2: bool = Field(True, description="project tokens, so that old images get the same values")
-    moments: float = Field(
-        1.0, ge=0, description="weight of the loss that keeps mean and deviation of prompt tokens; 0 leaves it out"
-    )
-    knee: Literal["paper", "code", "energy"] = Field(
-        "paper",
-        description="which rule says how many directions are free: the paper's or the released code's knee, or what is "
-        "beyond a share of the spectrum (kept)",
-    )
-    kept: float = Field(0.99, ge=0, le=1, description="share of a spectrum that the used directions hold, for energy")
-    normalize: bool = Field(True, description="bring projectors to unit Frobenius norm before eta blends them")
     parity: Literal["paper", "official"] = Field(
         "paper", description="official does as the released code does where it differs from the paper"
     )
@@ -79,12 +67,8 @@ class CLIPNSP2(CLIPSeq):
             raise ConfigError(f'epochs must be even with parity="official"; got {self.epochs}')
         return self
 
-    def idle(self) -> dict[str, str]:
-        either = self.use_b1 or self.use_b2
-        used = {"eta1": self.use_b1, "eta2": self.use_b2, "normalize": either, "knee": either}
-        used |= {"kept": either and self.knee == "energy"}
-        ours = {name: "with use_b1, use_b2 and knee as they are" for name, on in used.items() if not on}
-        return super().idle() | ours
+    def cut(self) -> Cut:
+        return Cut(knee="official" if self.parity == "official" else self.knee, kept=self.kept)
 
     def build(self, tower: Tower) -> Learner:
         """Put the method together for one frozen image tower.
@@ -92,17 +76,10 @@ class CLIPNSP2(CLIPSeq):
         Raises:
             ConfigError: when it has no text side, or a template no place for a name.
         """
-        learner, official = super().build(tower), self.parity == "official"
+        learner = super().build(tower)
         prompts = learner.model.prompts
         assert isinstance(prompts, DeepPrompts)
-        null_space = NullSpace(
-            tower,
-            prompts,
-            cut=Cut(knee="official" if official else self.knee, kept=self.kept),
-            channels=Blend(eta=self.eta1, normalize=self.normalize) if self.use_b1 else None,
-            tokens=Blend(eta=self.eta2, normalize=self.normalize) if self.use_b2 else None,
-            batch_means=official,
-        )
+        null_space = self.null_space(tower, prompts, batch_means=self.parity == "official")
         learner.protections = [null_space, TokenMoments(prompts, weight=self.moments)]
         return learner
 

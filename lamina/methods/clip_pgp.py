@@ -11,6 +11,7 @@ among channels, and projects gradients; see L2P-PGP. Its images are normalised a
 
 Shared parts, in reading order:
     prompts, images      lamina.prompts.stacked.FreePrompts
+    settings of steps    lamina.methods.protected.AwayFromOld
     projected steps      lamina.protections.subspace.Subspace
     words                lamina.heads.texts.ContextTexts
     classifier           lamina.heads.text.TextHead
@@ -37,22 +38,20 @@ from lamina.heads.text import TextHead
 from lamina.heads.texts import ContextTexts, text_side
 from lamina.learner import Learner, Phase
 from lamina.methods.by_name import ByName
+from lamina.methods.protected import AwayFromOld
 from lamina.model import PromptedModel
 from lamina.prompts.stacked import FreePrompts
-from lamina.protections.subspace import Apply, Subspace
+from lamina.protections.subspace import Subspace
 from lamina.schedules import Schedule, by_epoch, cosine
 
 
-class CLIPPGP(ByName):
+class CLIPPGP(AwayFromOld, ByName):
     """Settings; the defaults are those of the released code for ten tasks of CIFAR-100."""
 
     length: int = Field(10, ge=1, description="prompt tokens among the patches (M)")
     context: int = Field(16, ge=1, description="learned words of each task (n)")
     prompt_share: float = Field(
         0.9, ge=0, le=1, description="share of old tokens and prompts that prompts must leave alone; 0 lets them move"
-    )
-    apply: Apply = Field(
-        "step", description="what is projected: the step that SGD made; or the gradient, as the released code does"
     )
     lr: float = Field(0.01, gt=0, description="learning rate of SGD with momentum, falling by a cosine once an epoch")
     weight_decay: float = Field(2e-4, ge=0, description="of SGD")

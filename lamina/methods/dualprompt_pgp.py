@@ -17,6 +17,7 @@ choose as they do in evaluation. Nor do images get rows of each other's kind by 
 
 Shared parts, in reading order:
     prompts              lamina.prompts.prefix.ExpertPrefixes
+    settings of steps    lamina.methods.protected.AwayFromOldImages
     projected steps      lamina.protections.subspace.Subspace or lamina.protections.samples.SampleSubspace
     classifier           lamina.heads.linear.LinearHead; others by name: lamina.heads.choose.head_of
     plan of training     lamina.methods.dualprompt.DualPrompt
@@ -30,43 +31,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from lamina.backbones.tower import Tower
 from lamina.learner import Learner
 from lamina.methods.dualprompt import DualPrompt
+from lamina.methods.protected import AwayFromOldImages
 from lamina.prompts.prefix import ExpertPrefixes
-from lamina.protections.samples import SampleSubspace, Space
-from lamina.protections.subspace import Apply, Subspace, keys_alone
+from lamina.protections.samples import SampleSubspace
+from lamina.protections.subspace import Subspace, keys_alone
 
 
-class DualPromptPGP(DualPrompt):
+class DualPromptPGP(AwayFromOldImages, DualPrompt):
     """Settings beside those of DualPrompt; the share is that of the released code."""
 
     prompt_share: float = Field(
         0.5, ge=0, le=1, description="share of old queries that rows for keys must leave alone; 0 lets them move"
-    )
-    apply: Apply = Field(
-        "step", description="what is projected: the step that Adam made; or the gradient, as the released code does"
-    )
-    space: Space = Field(
-        "feature",
-        description="where directions are found: among features; or, as the released code does, among as many images "
-        "of a task as there are channels, in one process",
     )
     parity: Literal["paper", "official"] = Field(
         "paper",
         description="official has 5 rows for an expert, lets the images of a batch vote, also in evaluation, finds "
         "directions among images and projects gradients, as the released code does",
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _official_is_the_released_code(cls, values: Any) -> Any:
-        return {"space": "sample", "apply": "gradient", **values} if values.get("parity") == "official" else values
 
     def build(self, tower: Tower) -> Learner:
         """Put the method together for one frozen image tower.

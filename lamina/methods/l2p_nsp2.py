@@ -16,6 +16,7 @@ of L2P-PGP. All else is as in VPT-NSP².
 
 Shared parts, in reading order:
     prompts              lamina.prompts.pool.PromptPool
+    settings of steps    lamina.methods.protected.InNullSpace
     projected steps      lamina.protections.null_space.NullSpace; of keys, lamina.protections.subspace.Subspace
     loss on moments      lamina.protections.distribution.TokenMoments
     classifier           lamina.heads.linear.LinearHead; others by name: lamina.heads.choose.head_of
@@ -28,7 +29,7 @@ References:
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 
@@ -36,32 +37,16 @@ from lamina.backbones.tower import Tower
 from lamina.errors import ConfigError
 from lamina.learner import Learner
 from lamina.methods.l2p import L2P
+from lamina.methods.protected import InNullSpace
 from lamina.prompts.pool import PromptPool
 from lamina.protections.distribution import TokenMoments
-from lamina.protections.null_space import NullSpace
-from lamina.protections.projector import Blend
-from lamina.protections.spectrum import Cut
 from lamina.protections.subspace import Subspace
 
 
-class L2PNSP2(L2P):
+class L2PNSP2(InNullSpace, L2P):
     """Settings beside those of L2P; the defaults are those of VPT-NSP², and of L2P-PGP for keys."""
 
     length: int = Field(5, ge=1, description="tokens in one prompt (M)")
-    eta1: float = Field(0.97, ge=0, le=1, description="of channels: 0 lets every step through, 1 projects all of it")
-    eta2: float = Field(0.97, ge=0, le=1, description="of tokens: 0 lets every step through, 1 projects all of it")
-    use_b1: bool = Field(True, description="project channels, so that old images see the same keys where prompts enter")
-    use_b2: bool = Field(True, description="project tokens of the whole pool, so that they get the same values there")
-    moments: float = Field(
-        1.0, ge=0, description="weight of the loss that keeps mean and deviation of prompt tokens; 0 leaves it out"
-    )
-    knee: Literal["paper", "code", "energy"] = Field(
-        "paper",
-        description="which rule says how many directions are free: the paper's or the released code's knee, or what is "
-        "beyond a share of the spectrum (kept)",
-    )
-    kept: float = Field(0.99, ge=0, le=1, description="share of a spectrum that the used directions hold, for energy")
-    normalize: bool = Field(True, description="bring projectors to unit Frobenius norm before eta blends them")
     key_share: float = Field(
         0.97, ge=0, le=1, description="share of old queries that keys must leave alone; 0 lets them move"
     )
@@ -75,11 +60,6 @@ class L2PNSP2(L2P):
             )
         return self
 
-    def idle(self) -> dict[str, str]:
-        used = {"eta1": self.use_b1, "eta2": self.use_b2, "normalize": self.use_b1 or self.use_b2}
-        used |= {"knee": used["normalize"], "kept": used["normalize"] and self.knee == "energy"}
-        return {name: "with use_b1, use_b2 and knee as they are" for name, on in used.items() if not on}
-
     def build(self, tower: Tower) -> Learner:
         """Put the method together for one frozen image tower.
 
@@ -90,13 +70,7 @@ class L2PNSP2(L2P):
         learner = super().build(tower)
         pool = learner.model.prompts
         assert isinstance(pool, PromptPool)
-        null_space = NullSpace(
-            tower,
-            pool,
-            cut=Cut(knee=self.knee, kept=self.kept),
-            channels=Blend(eta=self.eta1, normalize=self.normalize) if self.use_b1 else None,
-            tokens=Blend(eta=self.eta2, normalize=self.normalize) if self.use_b2 else None,
-        )
+        null_space = self.null_space(tower, pool)
         keys = Subspace(
             [pool.entry],  # where the prompts enter that they choose
             lambda maps: {pool.keys: maps[pool.entry]},

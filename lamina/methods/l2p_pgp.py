@@ -17,6 +17,7 @@ positions, which is the same once the mean is gone, but not on a backbone that n
 
 Shared parts, in reading order:
     prompts              lamina.prompts.pool.PromptPool
+    settings of steps    lamina.methods.protected.AwayFromOldImages
     projected steps      lamina.protections.subspace.Subspace, one of prompts and one of keys; or, each,
                          lamina.protections.samples.SampleSubspace
     classifier           lamina.heads.linear.LinearHead; others by name: lamina.heads.choose.head_of
@@ -31,46 +32,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from lamina.backbones.tower import Tower
 from lamina.errors import ConfigError
 from lamina.learner import Learner
 from lamina.methods.l2p import L2P
+from lamina.methods.protected import AwayFromOldImages
 from lamina.prompts.pool import PromptPool
-from lamina.protections.samples import SampleSubspace, Space
-from lamina.protections.subspace import Apply, Subspace
+from lamina.protections.samples import SampleSubspace
+from lamina.protections.subspace import Subspace
 
 
-class L2PPGP(L2P):
+class L2PPGP(AwayFromOldImages, L2P):
     """Settings beside those of L2P; the shares are those of the released code."""
 
-    prompt_share: float = Field(
-        0.5, ge=0, le=1, description="share of old tokens and prompts that prompts must leave alone; 0 lets them move"
-    )
     key_share: float = Field(
         0.97, ge=0, le=1, description="share of old queries that keys must leave alone; 0 lets them move"
     )
-    apply: Apply = Field(
-        "step", description="what is projected: the step that Adam made; or the gradient, as the released code does"
-    )
-    space: Space = Field(
-        "feature",
-        description="where directions are found: among features; or, as the released code does, among as many images "
-        "of a task as there are channels, in one process",
-    )
-    parity: Literal["paper", "official"] = Field(
-        "paper",
-        description="official lets the images of a batch vote, also in evaluation, finds directions among images and "
-        "projects gradients, as the released code does",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _official_is_the_released_code(cls, values: Any) -> Any:
-        return {"space": "sample", "apply": "gradient", **values} if values.get("parity") == "official" else values
 
     def build(self, tower: Tower) -> Learner:
         """Put the method together for one frozen image tower.

@@ -11,6 +11,7 @@ shuffled ten at a time. Its half precision, whose loss scaling skips first steps
 
 Shared parts, in reading order:
     prompts              lamina.prompts.deep.DeepPrompts
+    settings of steps    lamina.methods.protected.InNullSpace
     projected steps      lamina.protections.null_space.NullSpace
     loss on moments      lamina.protections.distribution.TokenMoments
     classifier           lamina.heads.linear.LinearHead; others by name: lamina.heads.choose.head_of
@@ -35,33 +36,25 @@ from lamina.errors import ConfigError
 from lamina.heads.choose import head_of
 from lamina.heads.linear import LinearHead
 from lamina.learner import Learner, Phase
+from lamina.methods.protected import InNullSpace
 from lamina.methods.vpt_deep import InTurn
 from lamina.prompts.deep import DeepPrompts
 from lamina.protections.distribution import TokenMoments
-from lamina.protections.null_space import NullSpace
-from lamina.protections.projector import Blend
 from lamina.protections.spectrum import Cut
 from lamina.schedules import steps_down
 
 
-class VPTNSP2(InTurn):
+class VPTNSP2(InNullSpace, InTurn):
     """Settings beside those of VPT-deep; the defaults are the paper's for ten tasks of CIFAR-100."""
 
     length: int = Field(4, ge=3, description="prompt tokens in each block (M); fewer than 3 have no knee to cut at")
-    eta1: float = Field(0.97, ge=0, le=1, description="of channels: 0 lets every step through, 1 projects all of it")
-    eta2: float = Field(0.97, ge=0, le=1, description="of tokens: 0 lets every step through, 1 projects all of it")
-    use_b1: bool = Field(True, description="project channels, so that old images see the same keys")
-    use_b2: bool = Field(True, description="project tokens, so that old images get the same values")
     use_ln_loss: bool = Field(True, description="keep mean and deviation of prompt tokens by a loss")
-    moments: float = Field(1.0, ge=0, description="weight of the loss that keeps mean and deviation of prompt tokens")
-    knee: Literal["paper", "code", "energy", "multiple"] = Field(
+    knee: Literal["paper", "code", "energy", "multiple"] = Field(  # type: ignore[assignment]  # one more rule
         "paper",
         description="which rule says how many directions are free: the paper's or the released code's knee, what is "
         "beyond a share of the spectrum (kept), or a multiple of its smallest value",
     )
-    kept: float = Field(0.99, ge=0, le=1, description="share of a spectrum that the used directions hold, for energy")
     multiple: float = Field(10.0, ge=1, description="of the smallest value, up to which directions are free")
-    normalize: bool = Field(True, description="bring projectors to unit Frobenius norm before eta blends them")
     gain_control: bool = Field(False, description="control: replace projectors by the gain of what they leave free")
     ln_correction: Literal["none", "affine"] = Field(
         "none", description="affine counts in the weight and deviations of the norm before the keys; the paper does not"
@@ -85,10 +78,13 @@ class VPTNSP2(InTurn):
         return self
 
     def idle(self) -> dict[str, str]:
-        b1, b2 = self.use_b1, self.use_b2
-        used = {"eta1": b1, "center": b1, "eta2": b2, "ln_correction": b1 or b2, "normalize": b1 or b2}
-        used |= {"kept": self.knee == "energy", "multiple": self.knee == "multiple"}
-        return {name: "with use_b1, use_b2 and knee as they are" for name, on in used.items() if not on}
+        either = self.use_b1 or self.use_b2
+        used = {"center": self.use_b1, "ln_correction": either, "multiple": either and self.knee == "multiple"}
+        ours = {name: "with use_b1, use_b2 and knee as they are" for name, on in used.items() if not on}
+        return super().idle() | ours
+
+    def cut(self) -> Cut:
+        return Cut(knee="official" if self.parity == "official" else self.knee, kept=self.kept, multiple=self.multiple)
 
     def build(self, tower: Tower) -> Learner:
         """Put the method together for one frozen image tower."""
@@ -97,13 +93,10 @@ class VPTNSP2(InTurn):
         assert isinstance(prompts, DeepPrompts)
         if official:
             learner.model.head = head_of(self.head, learner.model.width, partial(LinearHead, start="released"))
-        blend = Blend(normalize=self.normalize, gain_control=self.gain_control)
-        null_space = NullSpace(
+        null_space = self.null_space(
             tower,
             prompts,
-            cut=Cut(knee="official" if official else self.knee, kept=self.kept, multiple=self.multiple),
-            channels=replace(blend, eta=self.eta1) if self.use_b1 else None,
-            tokens=replace(blend, eta=self.eta2) if self.use_b2 else None,
+            gain_control=self.gain_control,
             ln_correction=self.ln_correction,
             center=self.center,
             batch_means=official,

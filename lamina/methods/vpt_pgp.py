@@ -9,6 +9,7 @@ No code was released for it: Lu et al. report it beside theirs. The share is tha
 
 Shared parts, in reading order:
     prompts              lamina.prompts.deep.DeepPrompts
+    settings of steps    lamina.methods.protected.AwayFromOld
     projected steps      lamina.protections.subspace.Subspace
     classifier           lamina.heads.linear.LinearHead; others by name: lamina.heads.choose.head_of
     plan of training     lamina.methods.vpt_deep.InTurn
@@ -20,22 +21,16 @@ References:
 
 from __future__ import annotations
 
-from pydantic import Field
-
 from lamina.backbones.tower import Tower
 from lamina.learner import Learner
+from lamina.methods.protected import AwayFromOld
 from lamina.methods.vpt_deep import InTurn
 from lamina.prompts.deep import DeepPrompts
-from lamina.protections.subspace import Apply, Subspace
+from lamina.protections.subspace import Subspace
 
 
-class VPTPGP(InTurn):
+class VPTPGP(AwayFromOld, InTurn):
     """Settings beside those of VPT-deep."""
-
-    prompt_share: float = Field(
-        0.5, ge=0, le=1, description="share of old tokens and prompts that prompts must leave alone; 0 lets them move"
-    )
-    apply: Apply = Field("step", description="what is projected: the step that Adam made, or the gradient before it")
 
     def build(self, tower: Tower) -> Learner:
         """Put the method together for one frozen image tower."""

@@ -35,6 +35,21 @@ def percent_or_dash(value: float | None) -> str:
     return "–" if value is None else minus(percent(value))
 
 
+def duration(seconds: float) -> str:
+    """Return a duration as a person says it.
+
+    >>> [duration(seconds) for seconds in (0.04, 12.34, 59.97, 245, 3599.8, 8000)]
+    ['0.04 s', '12.3 s', '1 min 00 s', '4 min 05 s', '1 h 00 min', '2 h 13 min']
+    """
+    if seconds < 59.95:
+        return f"{seconds:.2f} s" if 0 < seconds < 1 else f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
 def html_table(head: Sequence[str], body: Sequence[Sequence[str]], lead: int = -1) -> str:
     """Return a table of cells that are HTML already; the first column names the row, `lead` is in bold."""
 

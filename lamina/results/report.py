@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -23,7 +23,8 @@ from lamina.results.figures import (
     prompt_usage,
     shares,
 )
-from lamina.results.page import POLICY, counted, facts_list, html_table, number, percent_or_dash
+from lamina.results.page import POLICY, counted, duration, facts_list, html_table, number, percent_or_dash
+from lamina.results.pictures import STRIP_STYLE, pictures_section
 from lamina.results.records import PHASES, Record
 from lamina.results.reliability import DIAGRAM_STYLE, detection_table, diagrams
 from lamina.results.style import STYLE
@@ -47,18 +48,21 @@ _BESIDES = {
 }
 
 
-def write_report(records: Sequence[Record], path: Path) -> None:
-    """Write the page, whole or not at all.
+def write_report(records: Sequence[Record], path: Path, pictures: Mapping[str, bytes] | None = None) -> None:
+    """Write the page, whole or not at all; `pictures` as `report` takes them.
 
     Raises:
         DataError: when there are no records.
         StorageError: when it could not be written; an older page is still there.
     """
-    write_whole(Path(path), report(records))
+    write_whole(Path(path), report(records, pictures))
 
 
-def report(records: Sequence[Record]) -> str:
+def report(records: Sequence[Record], pictures: Mapping[str, bytes] | None = None) -> str:
     """Return the page as text.
+
+    Args:
+        pictures: PNGs by name, of what the runs look at; see `lamina.results.pictures`.
 
     Raises:
         DataError: when there are no records.
@@ -76,10 +80,10 @@ def report(records: Sequence[Record]) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        f"<title>{title}</title>\n<style>\n{STYLE}\n{DIAGRAM_STYLE}\n</style>\n</head>\n<body>\n<main>\n"
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}; img-src data:">\n'
+        f"<title>{title}</title>\n<style>\n{STYLE}\n{DIAGRAM_STYLE}\n{STRIP_STYLE}\n</style>\n</head>\n<body>\n<main>\n"
         f'<header><p class="eyebrow">{counted(len(records), "run")} of continual learning</p>'
-        f"<h1>{title}</h1>{contents}</header>\n{sections}\n"
+        f"<h1>{title}</h1>{contents}</header>\n{sections}{pictures_section(pictures or {})}\n"
         f"<footer>{_made_with(records)}</footer>\n</main>\n</body>\n</html>\n"
     )
 
@@ -269,7 +273,7 @@ def _costs(rows: Sequence[Row]) -> str:
             sums = [sum(record.seconds[phase]) for phase in PHASES]
             memory = "–" if record.peak_memory_mb is None else f"{number(round(record.peak_memory_mb))} MB"
             sizes = [number(record.trainable_parameters), number(record.stored_numbers)]
-            times = [_duration(total) for total in (*sums, sum(sums))]
+            times = [duration(total) for total in (*sums, sum(sums))]
             body.append([_row_name(row), str(record.seed), *times, memory, *sizes])
             for phase in PHASES:
                 each = [f"{seconds:,.1f}".replace(",", "\u202f") for seconds in record.seconds[phase]]
@@ -383,18 +387,3 @@ def _begun(measure: str) -> str:
 
 def _anchor(index: int) -> str:
     return f"stream-{index + 1}"
-
-
-def _duration(seconds: float) -> str:
-    """Return a duration as a person says it.
-
-    >>> [_duration(seconds) for seconds in (0.04, 12.34, 59.97, 245, 3599.8, 8000)]
-    ['0.04 s', '12.3 s', '1 min 00 s', '4 min 05 s', '1 h 00 min', '2 h 13 min']
-    """
-    if seconds < 59.95:
-        return f"{seconds:.2f} s" if 0 < seconds < 1 else f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min"

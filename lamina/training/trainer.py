@@ -24,6 +24,7 @@ from lamina.learner import Learner, Phase
 from lamina.lookback import Watcher
 from lamina.model import PromptedModel
 from lamina.prompts.reading import watched
+from lamina.schedules import Moment
 from lamina.seeds import seed_at
 from lamina.training.evaluation import foreseen, shown, summed
 from lamina.training.feed import Feed
@@ -277,7 +278,7 @@ class Trainer(RunState):
                 guards.enter_context(protection.guard(optimizer))
             for step, fed in zip(range(first, total), source, strict=False):  # a budget may end before the images
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * phase.schedule(step / total)
+                    group["lr"] = rate * phase.schedule(Moment(step, total))
                 torch.manual_seed(seed_at(self.seed, "step", task.index, number, step, self.fabric.global_rank))
                 output = module(fed.batch, task.index)
                 terms = {"classify": self.kind.loss(output, fed.batch.targets, task, phase), **output.terms}

@@ -142,6 +142,16 @@ def test_a_context_serves_all_classes_a_task_or_a_class(side, scope, shapes):
     assert moved.tolist() == ([True] * 5 if scope == "shared" else [False] * 3 + [True] * 2)
 
 
+@pytest.mark.parametrize("scope", ["task", "class"])
+def test_a_task_without_a_new_class_learns_on_with_what_its_classes_have(side, scope):
+    texts = met(ContextTexts(side, 4, scope=scope))
+    for index, (classes, columns, learns) in enumerate(
+        [(FIRST[1:], [1, 2], [True, False]), (SECOND, [3, 4], [False, True]), ([*FIRST, *SECOND], range(5), [True] * 2)]
+    ):
+        texts.begin_task(2 + index, classes, columns)
+        assert [part.requires_grad for part in texts.contexts] == learns
+
+
 @pytest.mark.parametrize("scope", ["shared", "task", "class"])
 @pytest.mark.parametrize("position", ["end", "middle", "front"])
 def test_features_with_a_gradient_are_those_without_in_any_order_of_columns(side, scope, position):

@@ -1,4 +1,4 @@
-"""LSPT beside prompts in null spaces, on towers in which exact null spaces exist, and on one in which none do.
+"""LSPT and GaPT beside prompts in null spaces, on towers in which exact null spaces exist, and on one without.
 
 Exact: 3 images a task of 2 classes, N 5 tokens, H 2 heads, so at most 30 rows; 71 prompts beside, M 6, D 86, L 4.
 """
@@ -6,13 +6,17 @@ Exact: 3 images a task of 2 classes, N 5 tokens, H 2 heads, so at most 30 rows; 
 import pytest
 import torch
 
+from lamina.backbones.attention import attention_weights
 from lamina.errors import ConfigError
 from lamina.methods.lspt import LSPT
 from lamina.methods.lspt_nsp2 import LSPTNSP2
 from lamina.prompts.beside import PromptsBeside
 from lamina.prompts.deep import DeepPrompts
+from lamina.prompts.gated import GatedPrompts
 from lamina.prompts.long_term import LongTermPrompts
+from lamina.prompts.recurrent import LSTM
 from lamina.protections.bounded import BoundedNullSpace
+from lamina.protections.limits import Limits
 from lamina.protections.null_space import NullSpace
 from lamina.protections.projector import Blend
 from lamina.protections.spectrum import Cut
@@ -21,15 +25,20 @@ from tests.methods.test_vpt_nsp2_exact import second_task
 from tests.streams import blobs, trainer_of
 
 DOZEN = {"length": 6, "epochs": 12, "batch_size": 3, "lr": 0.02, "optimizer": "adamw"}
+both = pytest.mark.parametrize("travelling", ["lspt", "gapt"])
 
 
-def beside(tower, length=6, count=71, **options):
-    """Prompts of both kinds, away from their start."""
-    carrier = LongTermPrompts.behind(tower, length, **options)
-    prompts = PromptsBeside(carrier, range(tower.depth), count, tower.width)
-    for value in carrier.carriers.parameters():
-        value.data.mul_(2)
-    return prompts.eval()
+def beside(tower, length=6, count=71, travelling="lspt", **options):
+    """Prompts of both kinds, away from their start: gates half open, temperatures on either side of 1."""
+    if travelling == "gapt":
+        carrier = GatedPrompts(tower.depth, length, tower.width, **options)
+        carrier.gates.data.uniform_(-1, 1)
+        carrier.temperatures.data.uniform_(0.5, 2)
+    else:
+        carrier = LongTermPrompts.behind(tower, length, **options)
+        for value in carrier.carriers.parameters():
+            value.data.mul_(2)
+    return PromptsBeside(carrier, range(tower.depth), count, tower.width).eval()
 
 
 def null_space_of(tower, prompts, images):
@@ -63,7 +72,11 @@ def pictures(double):
 # ── the promise ──────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("options", [{}, {"carriers": 2}, {"carry": "gru"}, {"carry": "none"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"carriers": 2}, {"carry": "gru"}, {"carry": "none"}, {"hears": False}, {"travelling": "gapt"}],
+    ids=str,
+)
 def test_a_long_step_in_exact_null_spaces_moves_other_images_alone(roomy, pictures, options):
     prompts = beside(roomy, **options)
     projections = null_space_of(roomy, prompts, pictures[0]).projections()
@@ -73,12 +86,16 @@ def test_a_long_step_in_exact_null_spaces_moves_other_images_alone(roomy, pictur
     assert old < 1e-12 and other > 1e-4
 
 
-def test_a_step_that_is_not_projected_moves_them_all(roomy, pictures):
-    assert drift(roomy, beside(roomy), *pictures, {})[0] > 1e-6
+@both
+def test_a_step_that_is_not_projected_moves_them_all(roomy, pictures, travelling):
+    assert drift(roomy, beside(roomy, travelling=travelling), *pictures, {})[0] > 1e-6
 
 
-def test_where_travelling_prompts_see_those_beside_the_same_null_spaces_do_not_hold(roomy, pictures, monkeypatch):
-    prompts = beside(roomy)
+@both
+def test_where_travelling_prompts_see_those_beside_the_same_null_spaces_do_not_hold(
+    roomy, pictures, monkeypatch, travelling
+):
+    prompts = beside(roomy, travelling=travelling)
     start = prompts.start
 
     def unmasked(*arguments):
@@ -116,14 +133,42 @@ def test_a_projected_step_of_what_travels_is_no_better_than_any(roomy, pictures)
     assert 0.5 < moves[0] / moves[1] < 2
 
 
-def test_whole_tasks_leave_old_features_and_logits_where_they_are_and_move_new_ones(roomy):
-    features, logits, new = second_task(LSPTNSP2(**DOZEN, plastic=71, kept=1.0), roomy)
+@torch.no_grad()
+def test_weights_of_the_hidden_state_could_move_unseen_by_old_images_and_by_no_others(roomy, pictures, monkeypatch):
+    """All that an LSTM's memory has of an image goes through these, so they have a null space of their own."""
+    prompts, states = beside(roomy), []
+    forward = LSTM.forward
+
+    def note(lstm, prepared, hidden, cells):
+        states.append(hidden.flatten(0, 1))
+        return forward(lstm, prepared, hidden, cells)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LSTM, "forward", note)
+        before = [roomy(part, prompts.start()).features for part in pictures]
+    old = torch.cat([state for state in states if len(state) == 18])  # of 3 images, 6 prompts each, behind 3 blocks
+    assert len(old) == 54
+    weight = prompts.carrier.carriers[0].steps[0].weight_hh
+    for free, most in ((torch.eye(86) - torch.linalg.pinv(old) @ old, 1e-12), (torch.eye(86), None)):
+        step = torch.randn_like(weight) @ free
+        moved = weight.clone()
+        weight.add_(step, alpha=float(0.5 * weight.norm() / step.norm()))
+        after = [roomy(part, prompts.start()).features for part in pictures]
+        weight.copy_(moved)
+        drifted, other = (float((a - b).norm() / b.norm()) for a, b in zip(after, before, strict=True))
+        assert other > 1e-4 and (drifted > 1e-4 if most is None else drifted < most)
+
+
+@both
+def test_whole_tasks_leave_old_features_and_logits_where_they_are_and_move_new_ones(roomy, travelling):
+    features, logits, new = second_task(LSPTNSP2(**DOZEN, carrier=travelling, plastic=71, kept=1.0), roomy)
     assert features <= 1e-10 and logits <= 1e-10
     assert new > 1e-4
 
 
-def test_a_bound_of_nothing_finds_the_exact_null_spaces_by_itself(roomy):
-    features, _, new = second_task(LSPTNSP2(**DOZEN, plastic=71, max_drift=1e-10), roomy)
+@both
+def test_a_bound_of_nothing_finds_the_exact_null_spaces_by_itself(roomy, travelling):
+    features, _, new = second_task(LSPTNSP2(**DOZEN, carrier=travelling, plastic=71, max_drift=1e-10), roomy)
     assert features <= 1e-10 and new > 1e-4
 
 
@@ -135,9 +180,10 @@ def test_lspt_on_two_tasks_keeps_no_promise_unless_frozen(roomy):
 # ── who sees whom ────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_what_travels_does_not_see_what_stands_beside_and_the_images_see_both(tiny_vit):
+@both
+def test_what_travels_does_not_see_what_stands_beside_and_the_images_see_both(tiny_vit, travelling):
     """In the last step: those beside the last block change features, those before change travelling prompts, too."""
-    prompts = beside(tiny_vit, length=4, count=7)
+    prompts = beside(tiny_vit, length=4, count=7, travelling=travelling)
     images, seen = torch.randn(5, 3, 32, 32), []
 
     def look():
@@ -155,8 +201,9 @@ def test_what_travels_does_not_see_what_stands_beside_and_the_images_see_both(ti
     assert not torch.equal(look()[1], travelled)
 
 
-def test_null_spaces_know_the_attention_to_prompts_beside_alone(tiny_vit):
-    prompts, seen = beside(tiny_vit, length=4, count=7), []
+@both
+def test_null_spaces_know_the_attention_to_prompts_beside_alone(tiny_vit, travelling):
+    prompts, seen = beside(tiny_vit, length=4, count=7, travelling=travelling), []
     images = torch.randn(5, 3, 32, 32)
     protection = null_space_of(tiny_vit, prompts, images)
     tiny_vit(images, prompts.start(), seen.append)
@@ -166,8 +213,27 @@ def test_null_spaces_know_the_attention_to_prompts_beside_alone(tiny_vit):
         torch.testing.assert_close(protection.attention[probe.layer].float(), rows.T @ rows)
 
 
-def test_without_those_beside_it_is_lspt(tiny_vit):
-    prompts, images = beside(tiny_vit, length=4, count=0), torch.randn(5, 3, 32, 32)
+@torch.no_grad()
+def test_what_null_spaces_know_of_attention_and_queries_has_the_temperature_in(tiny_vit):
+    """Of block 0, by its own layers."""
+    prompts, images = beside(tiny_vit, length=4, count=7, travelling="gapt"), torch.randn(5, 3, 32, 32)
+    protection, attention = null_space_of(tiny_vit, prompts, images), tiny_vit.model.blocks[0].attn
+    temperature = prompts.carrier.temperatures[0]
+    assert abs(temperature - 1) > 0.1
+    frozen = tiny_vit.embed(images)[0]
+    normed = tiny_vit.model.blocks[0].norm1(torch.cat([frozen, prompts.carrier.value(0).expand(5, -1, -1)], dim=1))
+    rows = torch.cat([normed, prompts.value(0).expand(5, -1, -1)], dim=1)  # behind the norm
+    q, k, _ = attention.qkv(rows).unflatten(-1, (3, 2, 12)).permute(2, 0, 3, 1, 4)
+    q = q[:, :, :17] / temperature
+    weights = attention_weights(q, k)[..., 21:].flatten(0, 2)
+    torch.testing.assert_close(protection.attention[0].float(), weights.T @ weights)
+    grams = torch.einsum("bhnd,bhne->hde", q, q)
+    torch.testing.assert_close(protection.queries[0].float(), grams, rtol=1e-5, atol=1e-4)
+
+
+@both
+def test_without_those_beside_it_is_what_travels(tiny_vit, travelling):
+    prompts, images = beside(tiny_vit, length=4, count=0, travelling=travelling), torch.randn(5, 3, 32, 32)
     ours, theirs = (tiny_vit(images, part.start()).features for part in (prompts, prompts.carrier))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -183,8 +249,9 @@ def test_beside_nothing_that_travels_they_are_deep_prompts_after_the_norm(tiny_v
 # ── the method ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_first_task_trains_all_and_later_ones_those_beside_alone(tiny_vit):
-    settings = LSPTNSP2(length=4, plastic=9, epochs=2, batch_size=9, head_start="small")
+@both
+def test_the_first_task_trains_all_and_later_ones_those_beside_alone(tiny_vit, travelling):
+    settings = LSPTNSP2(carrier=travelling, length=4, plastic=9, epochs=2, batch_size=9, head_start="small")
     trainer, stream = trainer_of(settings, tiny_vit), blobs()
     trainer.learner.model.begin_task(stream.tasks[0])
     start = kept(trainer)
@@ -193,14 +260,47 @@ def test_the_first_task_trains_all_and_later_ones_those_beside_alone(tiny_vit):
     first = kept(trainer)
     names = {name for name in first if name.startswith("prompts")}
     assert names <= moved(start, first)
+    gated = {"prompts.carrier.values.0", "prompts.carrier.gates", "prompts.carrier.temperatures"}
+    assert (gated <= names) == (travelling == "gapt")
     trainer.learn(stream.tasks[1])
     assert moved(first, kept(trainer)) & names == {f"prompts.values.{i}" for i in range(3)}
+
+
+def test_temperatures_stay_within_limits_in_the_first_task(tiny_vit):
+    settings = LSPTNSP2(carrier="gapt", length=4, plastic=9, epochs=2, batch_size=9, lr=30.0, clip_norm=0.0)
+    trainer = trainer_of(settings, tiny_vit)
+    trainer.learn(blobs(tasks=1).tasks[0])
+    temperatures = trainer.learner.model.prompts.carrier.temperatures.tolist()
+    assert all(0.01 <= value <= 10 for value in temperatures) and {round(t, 6) for t in temperatures} & {0.01, 10.0}
+
+
+def test_with_the_prompts_of_gapt_settings_of_lspt_s_change_nothing_and_say_so(tiny_vit):
+    assert LSPTNSP2().idle() == {"gate_init": "with carrier=lspt"}
+    of_lspt = {"carry", "carriers", "shared", "forget_bias", "spatial", "hidden_norm", "tie_first", "learn_cell"}
+    idle = LSPTNSP2(carrier="gapt", kept=0.9).idle()
+    assert idle.keys() == of_lspt | {"hears", "recurrent_rate", "max_drift"}
+    assert idle["carry"] == "with carrier=gapt" and idle["max_drift"].startswith("where kept is given")
+    with pytest.raises(ConfigError, match=r"^carry changes nothing with carrier=gapt; leave it out, or change that$"):
+        LSPTNSP2(carrier="gapt", carry="gru").heed({"carry": "gru"}, {})
+
+
+def test_the_settings_of_gapt_reach_its_prompts(tiny_vit):
+    settings = LSPTNSP2(carrier="gapt", length=4, gate_init=3.0, dropout=0.3, dropout_mode="shared")
+    learner = settings.build(tiny_vit)
+    null_space, limits = learner.protections
+    carrier = learner.model.prompts.carrier
+    assert type(carrier) is GatedPrompts and carrier.value(0).shape == (4, 24)
+    assert carrier.gates.tolist() == [-3.0] * 2 and (carrier.dropout, carrier.dropout_mode) == (0.3, "shared")
+    assert carrier.value(0).abs().max() <= (6 / (192 + 24)) ** 0.5
+    assert type(limits) is Limits and limits.parameter is carrier.temperatures
+    assert type(null_space) is BoundedNullSpace and null_space.prompts is learner.model.prompts
 
 
 def test_defaults_and_what_is_built_from_them(tiny_vit):
     settings = LSPTNSP2()
     assert (settings.length, settings.plastic, settings.max_drift, settings.kept) == (10, 16, 0.05, None)
     assert settings.freeze_after_first and settings.recurrent_rate == 0.1
+    assert (settings.carrier, settings.gate_init) == ("lspt", 5.0)
     learner = settings.build(tiny_vit)
     (null_space,), prompts = learner.protections, learner.model.prompts
     assert type(null_space) is BoundedNullSpace and null_space.prompts is prompts and null_space.normed

@@ -300,7 +300,7 @@ def test_official_goes_through_two_tasks_and_warms_the_second_head(tiny_vit, str
         ({"use_b2": False}, {"kept", "multiple", "eta2"}),
         (
             {"use_b1": False, "use_b2": False},
-            {"kept", "multiple", "eta1", "eta2", "center", "ln_correction", "normalize"},
+            {"kept", "multiple", "eta1", "eta2", "center", "ln_correction", "normalize", "knee"},
         ),
     ],
 )

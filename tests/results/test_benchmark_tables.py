@@ -22,10 +22,12 @@ commit `07b52d9`.
 
 @pytest.fixture(scope="module")
 def script():
+    sys.path.insert(0, str(SCRIPT.parent))  # as for a program that is called
     spec = importlib.util.spec_from_file_location("benchmark_tables", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
+    sys.path.remove(str(SCRIPT.parent))
     return module
 
 
@@ -75,7 +77,8 @@ def test_commits_and_hardware_that_differ_are_all_in_the_caption(call, seeds):
         (
             README.replace("demo", "dem"),
             "no table is called 'dem'; did you mean 'demo'? Known: clap-context, clap-costs, clip-costs, demo, "
-            "demo-clip, heads, long-streams, lspt-costs, methods, methods for CLIP, pool-costs, tiny-odd-10, votes",
+            "demo-clip, heads, long-streams, lspt-costs, methods, methods for CLIP, pool-costs, tiny-odd-10, transfer, "
+            "votes",
         ),
         (
             README.replace("<!-- /table -->", ""),
@@ -260,6 +263,54 @@ def test_costs_of_prompts_have_a_column_for_each_tower(call, tmp_path):
         "| step against the bare tower's | a | b |",
         "|---|---:|---:|",
         "| lspt | 1.38 | 2.00 |",
+    ]
+
+
+def test_transfer_has_a_table_for_each_stream_and_a_column_for_each_backbone(call, tmp_path):
+    def row(stream, backbone, name, *accuracies):
+        records = [
+            {
+                "metrics": {"accuracy": accuracy},
+                "trainable_parameters": 1200,
+                "seconds": {"train": [10.0, place]},
+                "peak_memory_mb": 700.0,
+                "hardware": "a chip",
+                "commit": "07b52d9",
+            }
+            for place, accuracy in enumerate(accuracies)
+        ]
+        return {"stream": stream, "backbone": backbone, "name": name, "rate": 0.1, "records": records}
+
+    rows = [
+        row("few", "a", "LSPT", 0.5, 0.7),
+        row("few", "b", "LSPT", 0.25, 0.25),
+        row("many", "a", "linear", 0.5, 0.5),
+    ]
+    values = {
+        "shared": {"epochs": 10},
+        "names": ["linear", "LSPT", "full"],
+        "rows": {str(i): r for i, r in enumerate(rows)},
+    }
+    (tmp_path / "transfer.json").write_text(json.dumps(values))
+    _, text, _ = call(None, readme="<!-- table: transfer -->\n<!-- /table -->\n")
+    assert text.splitlines()[1:-1] == [
+        "`few`:",
+        "",
+        "| method | `a` (%) | `b` (%) | learned numbers | training, s | peak memory (MB) | n |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+        "| LSPT | 60.0 ± 14.1 | 25.0 ± 0.0 | 1,200 | 10 | 700 | 2 |",
+        "",
+        "Not yet run: linear, full.",
+        "",
+        "`many`:",
+        "",
+        "| method | `a` (%) | `b` (%) | learned numbers | training, s | peak memory (MB) | n |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+        "| linear | 50.0 ± 0.0 | – | 1,200 | 10 | 700 | 2 |",
+        "",
+        "Not yet run: LSPT, full.",
+        "",
+        "Mean ± sample standard deviation over n seeds of one choice of the rate; epochs 10; a chip; commit `07b52d9`.",
     ]
 
 
