@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs") / "transfer", help="folder of the runs")
     given = parser.parse_args()
-    wanted = [(s, b, r) for s in given.only for b in given.backbones for r in ROWS if r.name in given.rows]
+    wanted = [(s, b, r) for s in given.only for r in ROWS if r.name in given.rows for b in given.backbones]
     for stream, backbone, row in wanted:
         key = f"{stream} {backbone} {row.name}"
         folder = given.out / key.replace(" ", "_").replace("/", "-").replace(":", "-")
