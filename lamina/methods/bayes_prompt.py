@@ -4,9 +4,9 @@ To every word of one learned context the same random residual is added. Its mean
 the image (`conditional`); a small loss holds them near N(0, 1). Comparisons of CLIP methods call it VPT, for
 variational prompt tuning; it has no prompts in the image tower.
 
-The released code starts with a spread fifty times that of words and more (`start="paper"`), here it is theirs. The
-paper's bound on the likelihood is the mean of logarithms (`bound="elbo"`), the code's and ours the logarithm of the
-mean, which is tighter. Passes and batches are those of continual learning with CoOp.
+The released code starts with a spread fifty times that of words and more (`start="paper"`), here it is 0.02, that of
+words in CLIP. The paper's bound on the likelihood is the mean of logarithms (`bound="elbo"`), the code's and ours the
+logarithm of the mean, which is tighter. Passes and batches are those of continual learning with CoOp.
 
 Shared parts, in reading order:
     contexts            lamina.heads.bayes.SampledTexts

@@ -9,6 +9,7 @@ import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from lamina.data.loader import Share
+from lamina.errors import ConfigError
 from lamina.methods.linear_probe import LinearProbe
 from lamina.methods.nearest_mean import NearestMean
 from lamina.model import Output
@@ -173,6 +174,8 @@ def test_a_budget_ends_a_phase_and_its_schedule_and_the_record_says_so(tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "position" in line]
     assert [line["position"] for line in steps] == [[t, 0, s] for t in range(2) for s in range(1, 6)]
+    with pytest.raises(ConfigError, match="most_steps must be at least 1; got 0"):
+        plan("linear-probe", "digits", recipe=False, overrides={**asked, "most_steps": 0})
     free, _ = plan("linear-probe", "digits", recipe=False, overrides={**asked, "most_steps": 99})
     assert execute(free, tmp_path / "b").protocol["most_steps"] == 99
     assert len((tmp_path / "b" / "log.jsonl").read_text().splitlines()) > len(lines)

@@ -18,6 +18,7 @@ from lamina.data.views import View, fixed_views
 from lamina.errors import ConfigError, ResumeError
 from lamina.heads.linear import LinearHead
 from lamina.learner import Learner, Phase
+from lamina.methods.clap import CLAP
 from lamina.methods.coop import CoOp
 from lamina.methods.l2p import L2P
 from lamina.methods.linear_probe import LinearProbe
@@ -39,6 +40,7 @@ VIEWS = ["flip", 3]
 METHODS = {
     "linear-probe": (LinearProbe(epochs=4, batch_size=BATCH), make_tiny_vit),
     "coop": (CoOp(epochs=4, batch_size=BATCH, length=2), tiny_clip),
+    "clap": (CLAP(epochs=4, batch_size=BATCH, samples=3, cosine=True, lr=0.1, memory=4), tiny_clip),
 }
 
 
