@@ -1,8 +1,10 @@
-"""`lamina data check`: what is missing or wrong with a data set, in words, and 2 where it cannot be used."""
+"""`lamina data check` and `get`: what is missing or wrong, in words, and 2 where a data set cannot be used."""
 
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.commands import called
 from tests.data.test_vtab import lists
@@ -78,5 +80,45 @@ def test_a_name_nobody_knows_is_one_line(command, tmp_path):
     code, out, errors = command("data", "check", "vtab-cifar10", tmp_path)
     assert (code, out, len(errors)) == (2, "", 1)
     assert errors[0].startswith(
-        "lamina: no data set of transfer learning is called 'vtab-cifar10'; did you mean 'vtab-cifar100'?"
+        "lamina: no data set to check is called 'vtab-cifar10'; did you mean 'vtab-cifar100'? Known: ade20k, "
+        "fgvc-NAME, medical-NAME, segment-digits, vtab-NAME"
     )
+
+
+def test_scenes_of_digits_need_nothing(command, tmp_path):
+    assert command("data", "check", "segment-digits", tmp_path) == (
+        0,
+        "segment-digits: 11 classes; images: 400 training, 100 test; split by digits that only the test scenes show\n"
+        "what was found can be used\n",
+        [],
+    )
+
+
+def test_ade20k_is_looked_at(command, tmp_path):
+    code, out, errors = command("data", "check", "ade20k", tmp_path)
+    assert (code, errors) == (2, []) and out.startswith(f"wrong: ade20k was not found; looked for {tmp_path}/ADE")
+    for folder, suffix in (("images", "jpg"), ("annotations", "png")):
+        for half in ("training", "validation"):
+            place = tmp_path / "ADEChallengeData2016" / folder / half
+            place.mkdir(parents=True)
+            for name in range(2 if (folder, half) == ("images", "training") else 1):
+                Image.fromarray(np.ones((8, 9) if suffix == "png" else (8, 9, 3), np.uint8)).save(
+                    place / f"{name}.{suffix}"
+                )
+    code, out, errors = command("data", "check", "ade20k", tmp_path)
+    assert (code, errors) == (2, [])
+    assert out.splitlines()[0] == (
+        "ade20k: 150 classes; images: 2 training, 1 test; split by the archive's folders training and validation"
+    )
+    assert "wrong: 1 of 2 training images have no label map in annotations/training: 1 ('1')" in out.splitlines()
+
+
+def test_what_is_downloaded_is_told_and_looked_at(command, tmp_path, monkeypatch):
+    """The download is replaced by one that leaves a data set in another of its layouts."""
+    monkeypatch.setattr("lamina.data.transfer.check.download", lambda name, root: lists(root, "dtd"))
+    code, out, errors = command("data", "get", "vtab-dtd", tmp_path)
+    assert (code, errors) == (0, [f"downloading vtab-dtd to {tmp_path}"])
+    assert out.endswith("what was found can be used\n") and "7 training, 3 validation, 6 test" in out
+    assert command("data", "get", "vtab-dtd", tmp_path) == (0, out, []), "once is enough"
+    code, out, errors = command("data", "get", "fgvc-dogs", tmp_path)
+    assert (code, errors) == (2, []) and "lamina does not download it" in out

@@ -26,6 +26,9 @@ from lamina.errors import DataError
 FOLDER, NAMES = "ADEChallengeData2016", "objectInfo150.txt"
 CLASSES = 150
 
+#: images to learn from and to test on, as far as we know
+SIZES = (20_210, 2_000)
+
 
 class LabelledFiles:
     """Photographs and label maps that each have a file of their own, read whenever they are wanted.
@@ -51,7 +54,7 @@ class LabelledFiles:
         broken = []
         for index in wanted.tolist():
             try:
-                out._compare(index)
+                out.compare(index)
             except DataError:
                 if not skip_broken:
                     raise
@@ -61,7 +64,8 @@ class LabelledFiles:
         out.fingerprint = hashed(*(_stamp(path) for path in files))
         return out
 
-    def _compare(self, index: int) -> None:
+    def compare(self, index: int) -> None:
+        """Look at the headers of one image and its map; DataError where their sizes differ or one cannot be read."""
         sizes = []
         for path in (self.images[index], self.maps[index]):
             with _open(path) as file:
@@ -100,33 +104,50 @@ def ade20k(root: Path) -> DenseSource:
     Raises:
         DataError: when it is not there, or images and label maps do not go together.
     """
-    place = next((p / FOLDER for p in (root, root / "ade20k") if (p / FOLDER).is_dir()), None)
+    place = ade20k_path(root)
     if place is None:
-        raise DataError(
-            f"ade20k was not found; looked for {root / FOLDER}, {root / 'ade20k' / FOLDER}; put the unpacked folder of "
-            "the public archive there, or name another folder by --data DIR or LAMINA_DATA"
-        )
-    palette = _palette(place / NAMES)
+        raise missing(root)
+    palette = palette_of(place / NAMES)
     train, test = (LabelledFiles(*_files(place, half), palette) for half in ("training", "validation"))
     return DenseSource(palette, train, test)
 
 
+def ade20k_path(root: Path) -> Path | None:
+    """Return where ADE20K lies below `root`, which may be its own folder; or None."""
+    own = [root] if root.name == FOLDER else []
+    return next((place for place in (root / FOLDER, root / "ade20k" / FOLDER, *own) if place.is_dir()), None)
+
+
+def missing(root: Path) -> DataError:
+    """Return the error for an archive that is not there: where it was looked for, the next move."""
+    return DataError(
+        f"ade20k was not found; looked for {root / FOLDER}, {root / 'ade20k' / FOLDER}; put the unpacked folder of "
+        "the public archive there, or name another folder by --data DIR or LAMINA_DATA"
+    )
+
+
+def halves_of(place: Path, half: str) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Return the images and the label maps of one half by what their names have in common, in its order."""
+    return (
+        {path.stem: path for path in sorted((place / "images" / half).glob("*.jpg"))},
+        {path.stem: path for path in sorted((place / "annotations" / half).glob("*.png"))},
+    )
+
+
 def _files(place: Path, half: str) -> tuple[list[Path], list[Path]]:
     """Return the images of one half, in the order of their names, and their label maps."""
-    images = sorted((place / "images" / half).glob("*.jpg"))
-    maps = sorted((place / "annotations" / half).glob("*.png"))
+    images, maps = halves_of(place, half)
     if not images:
         raise DataError(f"{place / 'images' / half} holds no .jpg; unpack the whole archive")
-    alone = {path.stem for path in images} ^ {path.stem for path in maps}
-    if alone:
+    if alone := images.keys() ^ maps.keys():
         raise DataError(
             f"{place}: each image in images/{half} needs a label map of its name in annotations/{half}, and the other "
-            f"way round; {min(alone)} is in one of them alone ({len(alone)} such)"
+            f"way round; {min(alone)} is in one of them alone ({len(alone)} such); see `lamina data check ade20k`"
         )
-    return images, maps
+    return list(images.values()), list(maps.values())
 
 
-def _palette(path: Path) -> list[str]:
+def palette_of(path: Path) -> list[str]:
     """Return the names of classes; a class by its number where nothing says how it is called."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]

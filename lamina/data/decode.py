@@ -82,12 +82,13 @@ class Encoded:
         name: begins the names of the cache files.
         labels: (n,), int64. The source's label of each image, from 0.
         max_side: an image whose short side is longer than this is kept shrunk to it, in proportion, so that a
-            folder of photos does not fill the disk with pixels that no backbone looks at.
+            folder of photos does not fill the disk with pixels that no backbone looks at. None keeps every image as
+            its file has it: neither shrunk nor turned by its EXIF tag.
     """
 
     name: str
     labels: np.ndarray
-    max_side: int = 256
+    max_side: int | None = 256
 
     def opened(self, wanted: np.ndarray, skip_broken: bool) -> DecodedImages:
         """Return the images with the indices `wanted` (m,) decoded; see `lamina.data.pictures.Pictures`."""
@@ -109,7 +110,7 @@ class Encoded:
 class ImageFiles(Encoded):
     """Images that each have a file of their own."""
 
-    def __init__(self, name: str, paths: Sequence[Path], labels: np.ndarray, max_side: int = 256) -> None:
+    def __init__(self, name: str, paths: Sequence[Path], labels: np.ndarray, max_side: int | None = 256) -> None:
         self.name, self.paths, self.max_side = name, paths, max_side
         self.labels = np.asarray(labels, np.int64)
 
@@ -207,14 +208,14 @@ class DecodedImages:
         return torch.from_numpy(np.asarray(self._equal[self._places(indices)]))
 
 
-def kept_size(width: int, height: int, max_side: int) -> tuple[int, int]:
-    """Return the (width, height) in which an image is kept.
+def kept_size(width: int, height: int, max_side: int | None) -> tuple[int, int]:
+    """Return the (width, height) in which an image is kept; see `Encoded.max_side`.
 
-    >>> kept_size(1000, 500, 256), kept_size(80, 60, 256)
-    ((512, 256), (80, 60))
+    >>> kept_size(1000, 500, 256), kept_size(80, 60, 256), kept_size(1000, 500, None)
+    ((512, 256), (80, 60), (1000, 500))
     """
     short = min(width, height)
-    if short <= max_side:
+    if max_side is None or short <= max_side:
         return width, height
     return round(width * max_side / short), round(height * max_side / short)
 
@@ -237,8 +238,10 @@ def _orientation(image: Image.Image) -> int:
     return 1
 
 
-def decode_image(contents: bytes, max_side: int = 256) -> np.ndarray:
+def decode_image(contents: bytes, max_side: int | None = 256) -> np.ndarray:
     """Decode one image to (3, height, width), uint8, turned upright by its EXIF tag and shrunk to `max_side`.
+
+    Where that is None, it stays as it is stored.
 
     Raises whatever the decoder raises for contents that are not a whole image, and ValueError for an image too
     large to be decoded; `reason` puts either into words.
@@ -246,6 +249,8 @@ def decode_image(contents: bytes, max_side: int = 256) -> np.ndarray:
     if len(contents) > MOST_BYTES:
         raise ValueError(f"it has more than {MOST_BYTES // 10**6} MB; larger files are not read")
     with _opened(BytesIO(contents)) as image:
+        if max_side is None:
+            return np.asarray(_resized(image, image.size)).transpose(2, 0, 1)
         width, height = kept_size(*image.size, max_side)
         # a JPEG can be decoded at a half, a quarter or an eighth for a fraction of the time
         image.draft(None, (width, height))
@@ -256,14 +261,17 @@ def upright(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
     """Return an image as (height, width, 3), uint8, brought to a size (width, height), then turned by its EXIF tag."""
     # conversion drops the tag from some formats, so its value is read first
     turned = _orientation(image)
-    with _ONE_LARGE if math.prod(image.size) > _LARGE else nullcontext():
-        plain = rgb(image)
-        if plain.size != size:
-            plain = plain.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+    plain = _resized(image, size)
     # what else stood beside the tag may be damaged, and is not read again
     plain.info.clear()
     plain.getexif()[_ORIENTATION] = turned
     return np.asarray(ImageOps.exif_transpose(plain))
+
+
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    with _ONE_LARGE if math.prod(image.size) > _LARGE else nullcontext():
+        plain = rgb(image)
+        return plain if plain.size == size else plain.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
 
 
 def _opened(stream: BinaryIO) -> ImageFile.ImageFile:
@@ -336,7 +344,8 @@ def _measure(source: Encoded, wanted: np.ndarray, out: np.ndarray) -> None:
         # the decoders raise almost anything for a file that is not an image
         with stream, suppress(Exception), _opened(stream) as image:
             width, height = kept_size(*image.size, source.max_side)
-            return (width, height) if _orientation(image) in (5, 6, 7, 8) else (height, width)
+            turned = source.max_side is not None and _orientation(image) in (5, 6, 7, 8)
+            return (width, height) if turned else (height, width)
         return (0, 0)
 
     for place, found in _each(source.streams(wanted), size):

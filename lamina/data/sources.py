@@ -104,8 +104,12 @@ def _download(name: str, root: Path, download: Callable[[], object]) -> None:
         download()
     # torchvision raises URLError, OSError and RuntimeError, and http.client's own errors
     except Exception as error:
-        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-        raise DataError(f"{_missing(name, root)}. Downloading it failed: {reason}") from None
+        raise DataError(f"{_missing(name, root)}. Downloading it failed: {why_not(error)}") from None
+
+
+def why_not(error: Exception) -> str:
+    """Return in words why a download failed."""
+    return str(getattr(error, "reason", None) or getattr(error, "strerror", None) or error)
 
 
 def _missing(name: str, root: Path) -> str:

@@ -15,6 +15,8 @@ from PIL import Image
 from lamina.data.pictures import ArrayPictures
 from lamina.data.sources import data_root
 from lamina.data.stream import Split
+from lamina.data.transfer import archives
+from lamina.data.transfer.order import SLICES, Published
 
 #: read before any test changes the environment
 REAL_ROOT = data_root()
@@ -154,6 +156,38 @@ def split():
         )
 
     return make
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Let archives of VTAB be cut into four images to learn from and two to choose on, not 800 and 200."""
+
+    def less(own):
+        return Published(own.train._replace(length=4), own.validation._replace(length=2), own.test)
+
+    monkeypatch.setattr(archives, "SLICES", {name: less(own) for name, own in SLICES.items()})
+
+
+@pytest.fixture
+def ade20k_archive(tmp_path):
+    """ADE20K: three photographs to learn from and two to test on, each of a size of its own."""
+    place = tmp_path / "ADEChallengeData2016"
+    rng = np.random.default_rng(0)
+    for half, count in (("training", 3), ("validation", 2)):
+        for folder in ("images", "annotations"):
+            (place / folder / half).mkdir(parents=True)
+        for number in range(count):
+            size, name = (20 + number, 30 - number), f"ADE_{half}_{number}"
+            photograph = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+            Image.fromarray(photograph).save(place / "images" / half / f"{name}.jpg", quality=95)
+            mask = rng.integers(0, 151, size, dtype=np.uint8)
+            mask[0, :3] = (0, 1, 150)
+            Image.fromarray(mask).save(place / "annotations" / half / f"{name}.png")
+    lines = ["Idx\tRatio\tTrain\tVal\tStuff\tName"]
+    names = ["wall, surface"] + ["door"] * 2 + [f"thing {n}, other" for n in range(147)]
+    lines += [f"{n}\t0.1\t1\t1\t0\t{name}" for n, name in enumerate(names, start=1)]
+    (place / "objectInfo150.txt").write_text("\n".join(lines) + "\n")
+    return place
 
 
 class OneByOne:

@@ -288,25 +288,8 @@ def test_a_digit_stands_out_where_its_label_is():
 
 
 @pytest.fixture
-def archive(tmp_path):
-    """Three photographs to learn from and two to test on, each of a size of its own."""
-    place = tmp_path / "ADEChallengeData2016"
-    rng = np.random.default_rng(0)
-    for half, count in (("training", 3), ("validation", 2)):
-        for folder in ("images", "annotations"):
-            (place / folder / half).mkdir(parents=True)
-        for number in range(count):
-            size, name = (20 + number, 30 - number), f"ADE_{half}_{number}"
-            pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(place / "images" / half / f"{name}.jpg", quality=95)
-            mask = rng.integers(0, 151, size, dtype=np.uint8)
-            mask[0, :3] = (0, 1, 150)
-            Image.fromarray(mask).save(place / "annotations" / half / f"{name}.png")
-    lines = ["Idx\tRatio\tTrain\tVal\tStuff\tName"]
-    names = ["wall, surface"] + ["door"] * 2 + [f"thing {n}, other" for n in range(147)]
-    lines += [f"{n}\t0.1\t1\t1\t0\t{name}" for n, name in enumerate(names, start=1)]
-    (place / "objectInfo150.txt").write_text("\n".join(lines) + "\n")
-    return place
+def archive(ade20k_archive):
+    return ade20k_archive
 
 
 def ade(archive, **settings):
@@ -362,7 +345,8 @@ def test_what_is_wrong_with_the_archive_is_said_in_one_line(archive, tmp_path):
         ade(archive)
     assert one_line(raised) == (
         f"{archive}: each image in images/training needs a label map of its name in annotations/training, and the "
-        "other way round; ADE_training_2 is in one of them alone (1 such)"
+        "other way round; ADE_training_2 is in one of them alone (1 such); see `lamina data check "
+        "ade20k`"
     )
     with pytest.raises(DataError) as raised:
         build_stream(StreamSettings(name="ade20k"), tmp_path / "nowhere")

@@ -2,10 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.nn import functional as F
 
+from lamina.data.decode import ImageFiles
 from lamina.data.streams import STREAMS, StreamSettings, build_stream
 from lamina.data.transfer.vtab import VTAB
+from lamina.data.transforms import InputSpec, transform
 from lamina.errors import DataError
 from lamina.runs import plan
 from lamina.training.feed import Feed
@@ -191,3 +195,32 @@ def test_decoded_images_are_bytes_on_disk_and_not_numbers_in_memory(tmp_path):
     lists(tmp_path)
     images = built(tmp_path).tasks[0].train.images
     assert images._pixels.dtype == np.uint8 and isinstance(images._pixels.base, np.memmap)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_large_photograph_is_stretched_from_its_full_size_and_not_turned(tmp_path, kind):
+    """As TensorFlow has it: bilinear, no filter before it, and the EXIF tag (here a quarter turn) means nothing."""
+    path = lists(tmp_path) / "images" / "some folder" / "test-2.png"
+    tag = Image.Exif()
+    tag[0x0112] = 6
+    Image.fromarray(pixels(5, height=500, width=700)).save(
+        path, kind, exif=tag, **({"quality": 95} if kind == "JPEG" else {})
+    )
+    images = built(tmp_path).tasks[0].test.images
+    with Image.open(path) as file:
+        stored = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
+    assert stored.shape == (3, 500, 700) and torch.equal(images.image(2), stored)
+    seen = transform("stretch", InputSpec(64, (0.5,) * 3, (0.5,) * 3))(images.image(2))
+    full = F.interpolate(stored[None].float(), (64, 64), mode="bilinear", align_corners=False, antialias=False)[0]
+    assert (seen.float() - full).abs().max() <= 1
+
+
+def test_photographs_of_other_streams_are_kept_shrunk_and_upright(tmp_path):
+    path = tmp_path / "photo.jpg"
+    tag = Image.Exif()
+    tag[0x0112] = 6
+    Image.fromarray(pixels(5, height=500, width=700)).save(path, exif=tag)
+    images = ImageFiles("some", [path], np.zeros(1, np.int64)).opened(np.arange(1), False)
+    assert images.image(0).shape == (3, 358, 256)
+    whole = ImageFiles("some", [path], np.zeros(1, np.int64), None).opened(np.arange(1), False)
+    assert whole.image(0).shape == (3, 500, 700), "the cache tells the two apart"

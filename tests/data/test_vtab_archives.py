@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -17,24 +18,22 @@ from lamina.data.transfer.order import (
     CLEVR_DISTANCES,
     KITTI_DISTANCES,
     SLICES,
-    Published,
     binned,
     in_order,
     taken,
 )
 from lamina.data.transfer.vtab import VTAB
 from lamina.errors import DataError
+from tests.data.archived import (
+    NORB_TEST,
+    h5py_of_npy,
+    write_camelyon,
+    write_cifar,
+    write_norb,
+    write_sprites,
+    write_svhn,
+)
 from tests.data.conftest import pixels
-
-
-@pytest.fixture
-def few(monkeypatch):
-    """Four images to learn from and two to choose on, where there are not enough for 800 and 200."""
-
-    def less(own):
-        return Published(own.train._replace(length=4), own.validation._replace(length=2), own.test)
-
-    monkeypatch.setattr(archives, "SLICES", {name: less(own) for name, own in SLICES.items()})
 
 
 def built(root, name, **values):
@@ -123,19 +122,6 @@ def test_places_and_turns_of_sprites_fall_into_sixteen_classes_each():
 # ── archives ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def write_cifar(root, rows=1100, classes=7):
-    place = root / "cifar-100-python"
-    place.mkdir(parents=True)
-    random = np.random.default_rng(0)
-    data = {}
-    for split, count in (("train", rows), ("test", 13)):
-        data[split] = random.integers(0, 256, (count, 3072), dtype=np.uint8)
-        values = {"data": data[split], "fine_labels": [row % classes for row in range(count)]}
-        (place / split).write_bytes(pickle.dumps(values))
-    (place / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"kind_{label}" for label in range(classes)]}))
-    return data
-
-
 def test_cifar_is_cut_in_the_order_of_its_hashed_rows(tmp_path):
     data = write_cifar(tmp_path)
     select, final = built(tmp_path, "vtab-cifar100", test_on="validation"), built(tmp_path, "vtab-cifar100")
@@ -162,14 +148,7 @@ def test_a_pickle_that_wants_to_run_something_is_refused(tmp_path):
 
 
 def test_svhn_has_its_zeros_at_ten_and_its_rows_last(tmp_path, few):
-    place = tmp_path / "svhn"
-    place.mkdir()
-    random, arrays = np.random.default_rng(0), {}
-    for split, count in (("train", 20), ("test", 5)):
-        arrays[split] = random.integers(0, 256, (32, 32, 3, count), dtype=np.uint8)
-        savemat(
-            place / f"{split}_32x32.mat", {"X": arrays[split], "y": np.arange(1, count + 1).reshape(-1, 1) % 10 + 1}
-        )
+    arrays = write_svhn(tmp_path)
     assert sizes(tmp_path, "vtab-svhn") == [4, 2, 5]
     task = built(tmp_path, "vtab-svhn").tasks[0]
     for index, column in zip(task.test.indices, task.test.columns, strict=True):
@@ -282,14 +261,7 @@ def test_sprites_are_read_from_front_to_back_and_are_white_on_black(tmp_path, fe
     from lamina.data.transfer import arrays
 
     monkeypatch.setattr(arrays, "_AT_ONCE", 7)  # so that rows come from several blocks
-    place = tmp_path / "dsprites"
-    place.mkdir()
-    random = np.random.default_rng(0)
-    images = random.integers(0, 2, (30, 64, 64), dtype=np.uint8)
-    latents = np.stack(
-        [np.zeros(30), np.zeros(30), np.zeros(30), np.arange(30), np.arange(30), np.zeros(30)], 1
-    ).astype(np.int64)
-    np.savez_compressed(place / "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz", imgs=images, latents_classes=latents)
+    images = write_sprites(tmp_path)
     for name, label in (
         ("vtab-dsprites-location", lambda row: row // 2),
         ("vtab-dsprites-orientation", lambda row: int(row / 2.5)),
@@ -304,67 +276,35 @@ def test_sprites_are_read_from_front_to_back_and_are_white_on_black(tmp_path, fe
 
 
 def test_smallnorb_has_matrices_of_its_own_and_halves_its_test_images(tmp_path, few):
-    place = tmp_path / "smallnorb"
-    place.mkdir()
-    random, arrays = np.random.default_rng(0), {}
-
-    def write(path, array, magic):
-        sizes = [*array.shape, *[1] * (3 - array.ndim)]
-        path.write_bytes(np.array([magic, array.ndim, *sizes], "<i4").tobytes() + array.tobytes())
-
-    for stem, count in (("5x46789x9x18x6x2x96x96-training", 9), ("5x01235x9x18x6x2x96x96-testing", 12)):
-        arrays[stem] = random.integers(0, 256, (count, 2, 96, 96), dtype=np.uint8)
-        info = np.stack([np.arange(count), np.arange(count) % 9, 2 * np.arange(count), np.zeros(count)], 1).astype(
-            "<i4"
-        )
-        write(place / f"smallnorb-{stem}-dat.mat", arrays[stem], 507333717)
-        write(place / f"smallnorb-{stem}-info.mat", info, 507333716)
+    arrays = write_norb(tmp_path)
     for name, label in (("vtab-smallnorb-azimuth", lambda row: row), ("vtab-smallnorb-elevation", lambda row: row % 9)):
         assert sizes(tmp_path, name) == [4, 2, 6]
         test = built(tmp_path, name).tasks[0].test
         rows = in_order("test", range(12))[6:]
         assert sorted(test.images.labels[test.indices].tolist()) == sorted(label(int(row)) for row in rows)
-        first = arrays["5x01235x9x18x6x2x96x96-testing"][rows, 0]
+        first = arrays[NORB_TEST][rows, 0]
         shown = np.stack([test.images.image(index).numpy()[1] for index in test.indices])
         assert {each.tobytes() for each in first} == {each.tobytes() for each in shown}
 
 
 def test_patch_camelyon_says_what_to_install(tmp_path, monkeypatch):
-    import sys
-
-    place = tmp_path / "pcam"
-    place.mkdir()
-    (place / "camelyonpatch_level_2_split_train_x.h5").write_bytes(b"")
+    write_camelyon(tmp_path)
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(DataError) as error:
         built(tmp_path, "vtab-camelyon")
-    assert str(error.value) == f"{place} holds HDF5 files, which need h5py: pip install h5py; or take lists of images"
+    assert str(error.value) == (
+        f"{tmp_path}/pcam holds HDF5 files, which need h5py: pip install h5py; or take lists of images"
+    )
 
 
 def test_patch_camelyon_is_read_by_its_own_keys(tmp_path, few, monkeypatch):
-    """With a stand-in for h5py, whose files are dictionaries of arrays."""
-    import sys
-    from contextlib import contextmanager
-    from types import SimpleNamespace
-
-    place = tmp_path / "pcam"
-    place.mkdir()
-    random, files = np.random.default_rng(0), {}
-    for split, count in (("train", 9), ("valid", 5), ("test", 4)):
-        for half, shape in (("x", (count, 96, 96, 3)), ("y", (count, 1, 1, 1))):
-            name = f"camelyonpatch_level_2_split_{split}_{half}.h5"
-            (place / name).write_bytes(b"")
-            files[name] = {half: random.integers(0, 256 if half == "x" else 2, shape, dtype=np.uint8)}
-
-    @contextmanager
-    def opened(path, mode):
-        yield files[path.name]
-
-    monkeypatch.setitem(sys.modules, "h5py", SimpleNamespace(File=opened))
+    """With a stand-in for h5py."""
+    files = write_camelyon(tmp_path)
+    monkeypatch.setitem(sys.modules, "h5py", h5py_of_npy)
     assert sizes(tmp_path, "vtab-camelyon") == [4, 2, 4]
     select = built(tmp_path, "vtab-camelyon", test_on="validation").tasks[0]
     rows = in_order("validation", [f"valid_{row}" for row in range(5)])[:2]
-    wanted = {files["camelyonpatch_level_2_split_valid_x.h5"]["x"][row].transpose(2, 0, 1).tobytes() for row in rows}
+    wanted = {files["camelyonpatch_level_2_split_valid_x.h5"][row].transpose(2, 0, 1).tobytes() for row in rows}
     assert {select.test.images.image(index).numpy().tobytes() for index in select.test.indices} == wanted
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from lamina.data.pictures import Source
 from lamina.data.transfer.arrays import (
+    NORB_STEMS,
     Rows,
     StoredPictures,
     camelyon_rows,
@@ -49,19 +50,24 @@ class Archive:
 
     Attributes:
         folders: names of its folder.
-        marks: what must lie in it.
+        marks: what tells that a folder is one; `*` stands for anything.
         read: from the folder and the name of the data set to its splits.
         layout: for people.
+        files: what must lie in it beside, so that what a copy lacks can be named.
     """
 
     folders: Sequence[str]
     marks: Sequence[str]
     read: Callable[[Path, str], tuple[dict[str, Rows] | dict[str, list[tuple[str, Path, int]]], list[str]]]
     layout: str
+    files: Sequence[str] = ()
 
 
-def read_archive(dataset: TransferSet, root: Path, max_side: int) -> Source | None:
+def read_archive(dataset: TransferSet, root: Path, max_side: int | None) -> Source | None:
     """Return a data set from its public archive, split as published; None where there is none or none is read.
+
+    Args:
+        max_side: as of `lamina.data.decode.Encoded`.
 
     Raises:
         DataError: when a file of it is missing or broken.
@@ -70,9 +76,14 @@ def read_archive(dataset: TransferSet, root: Path, max_side: int) -> Source | No
     archive = ARCHIVES.get(name)
     if archive is None:
         return None
-    place, _ = placed(root, archive.folders, lambda at: all((at / mark).exists() for mark in archive.marks))
+    place, _ = placed(root, archive.folders, lambda at: all(any(at.glob(mark)) for mark in archive.marks))
     if place is None:
         return None
+    if gone := [file for file in archive.files if not (place / file).is_file()]:
+        raise DataError(
+            f"{printable(str(place))} lacks {', '.join(gone)}; {dataset.title} is {archive.layout}, so get what is "
+            "missing"
+        )
     try:
         splits, classes = archive.read(place, name)
     except DataError:
@@ -90,7 +101,7 @@ def _cut(
     name: str,
     splits: dict[str, Rows] | dict[str, list[tuple[str, Path, int]]],
     classes: list[str],
-    max_side: int,
+    max_side: int | None,
 ) -> Source:
     published = SLICES[name]
     parts = (published.train, published.validation, published.test)
@@ -206,7 +217,12 @@ def _kitti(place: Path, name: str) -> tuple[dict[str, list[tuple[str, Path, int]
     return splits, ["within 8 m", "within 20 m", "farther", "none"]
 
 
-_CLEVR = Archive(("CLEVR_v1.0", "clevr"), ("scenes", "images"), _clevr, "CLEVR_v1.0 with its folders images and scenes")
+_CLEVR = Archive(
+    ("CLEVR_v1.0", "clevr", "clevr/CLEVR_v1.0"),
+    ("scenes", "images"),
+    _clevr,
+    "CLEVR_v1.0 with its folders images and scenes",
+)
 _SPRITES = Archive(
     ("dsprites",),
     ("dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz",),
@@ -215,9 +231,11 @@ _SPRITES = Archive(
 )
 _NORB = Archive(
     ("smallnorb",),
-    ("smallnorb-5x46789x9x18x6x2x96x96-training-dat.mat",),
+    ("smallnorb-5x*.mat",),
     norb_rows,
     "smallnorb with the six files smallnorb-*.mat, unpacked",
+    # categories are in files of their own, which nobody asks for
+    [f"{stem}-{what}.mat" for stem in NORB_STEMS.values() for what in ("dat", "info")],
 )
 
 #: name of the data set -> how its archive is read
@@ -225,7 +243,7 @@ ARCHIVES: dict[str, Archive] = {
     "cifar100": Archive(
         ("cifar-100-python", "cifar100/cifar-100-python"), ("train", "test"), cifar_rows, "cifar-100-python"
     ),
-    "dtd": Archive(("dtd",), ("labels/train1.txt",), _dtd, "dtd with its folders images and labels"),
+    "dtd": Archive(("dtd", "dtd/dtd"), ("labels/train1.txt",), _dtd, "dtd with its folders images and labels"),
     "flowers102": Archive(
         ("flowers-102", "oxford_flowers102", "flowers102"),
         ("setid.mat", "imagelabels.mat"),
@@ -239,13 +257,18 @@ ARCHIVES: dict[str, Archive] = {
         "oxford-iiit-pet with its folders images and annotations",
     ),
     "svhn": Archive(
-        ("svhn",), ("train_32x32.mat", "test_32x32.mat"), svhn_rows, "svhn with train_32x32.mat and test_32x32.mat"
+        ("svhn",),
+        ("t*_32x32.mat",),
+        svhn_rows,
+        "svhn with train_32x32.mat and test_32x32.mat",
+        ("train_32x32.mat", "test_32x32.mat"),
     ),
     "camelyon": Archive(
         ("pcam", "patch_camelyon"),
-        ("camelyonpatch_level_2_split_train_x.h5",),
+        ("camelyonpatch_level_2_split_*.h5",),
         camelyon_rows,
         "pcam with the six files camelyonpatch_level_2_split_*.h5, unpacked",
+        [f"camelyonpatch_level_2_split_{split}_{half}.h5" for split in ("train", "valid", "test") for half in "xy"],
     ),
     "eurosat": Archive(
         ("2750", "eurosat/2750", "EuroSAT/2750"), ("AnnualCrop",), _folders, "the folder 2750 of EuroSAT"

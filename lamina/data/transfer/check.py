@@ -1,45 +1,26 @@
-"""What is missing or wrong with a data set of transfer learning on disk, in words."""
+"""What is missing or wrong with a data set on disk, in words."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from lamina.data.cache import cache_root
+from lamina.data.checked import Checked, few, sample
 from lamina.data.decode import ImageFiles, decode_image, reason
+from lamina.data.dense_check import DENSE
 from lamina.data.pictures import Pictures
+from lamina.data.transfer.arrays import StoredPictures
+from lamina.data.transfer.download import DOWNLOADS, download
 from lamina.data.transfer.named import TRANSFER
 from lamina.data.transfer.sets import ROLES, TransferSet, differences_of, roles_of
 from lamina.errors import ConfigError, DataError, unknown
 from lamina.text import printable
 
-#: images of each half that are decoded to see whether they can be
-_SAMPLE = 64
-
-
-@dataclass
-class Checked:
-    """What was found.
-
-    Attributes:
-        name: of the stream.
-        layout: what must lie where.
-        roles: images of each role; empty where the data set cannot be read at all.
-        classes: how many there are; 0 where it cannot be read.
-        split: how it was split, in words.
-        wrong: what must be mended before it can be used.
-        remarks: what is not as expected, or worth knowing; it can be used all the same.
-    """
-
-    name: str
-    layout: str
-    roles: dict[str, int] = field(default_factory=dict)
-    classes: int = 0
-    split: str = ""
-    wrong: list[str] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
+#: bytes in the cache from which on people are told of them
+_MUCH = 5_000_000_000
 
 
 def check(name: str, root: Path) -> Checked:
@@ -51,14 +32,38 @@ def check(name: str, root: Path) -> Checked:
     Raises:
         ConfigError: when nobody knows the name.
     """
+    if name in DENSE:
+        return DENSE[name](root.expanduser())
     if name not in TRANSFER:
-        raise ConfigError(unknown("data set of transfer learning", name, TRANSFER))
+        families = [f"{name.partition('-')[0]}-NAME" for name in TRANSFER]
+        raise ConfigError(unknown("data set to check", name, [*TRANSFER, *DENSE], shown={*families, *DENSE}))
     dataset = TRANSFER[name]
     found = Checked(name, dataset.layout)
     try:
         _look(dataset, root, found)
     except DataError as error:
         found.wrong.append(str(error))
+    return found
+
+
+def got(name: str, root: Path, begun: Callable[[], None] = lambda: None) -> Checked:
+    """Look at a data set, after a download where no copy that can be used is there and torchvision knows a way.
+
+    Args:
+        begun: called before a download.
+
+    Raises:
+        ConfigError: when nobody knows the name.
+        DataError: when it could not be downloaded.
+    """
+    found = check(name, root)
+    if not found.wrong or name not in DOWNLOADS:
+        return found
+    begun()
+    download(name, root)
+    found = check(name, root)
+    if found.wrong:
+        found.remarks.append("a folder that was unpacked once is left as it is: remove it, and it is downloaded anew")
     return found
 
 
@@ -75,41 +80,47 @@ def _look(dataset: TransferSet, root: Path, found: Checked) -> None:
         lacking = np.setdiff1d(np.arange(len(source.classes)), labels[role])
         if len(lacking) and found.roles[role]:
             names = [source.classes[label] for label in lacking]
-            found.remarks.append(f"{_few(names)} of {len(source.classes)} classes have no {role} image")
+            found.remarks.append(f"{few(names)} of {len(source.classes)} classes have no {role} image")
+    kept = 0.0
     for half, pictures in (("training or validation", source.train), ("test", source.test)):
-        found.wrong += _of_files(half, pictures)
+        wrong, size = _of_files(half, pictures) if isinstance(pictures, ImageFiles) else _of_others(half, pictures)
+        found.wrong += wrong
+        kept += size * len(pictures.labels)
+    if kept > _MUCH:
+        place = printable(str(cache_root()))
+        found.remarks.append(f"decoded, its images will take about {kept / 1e9:.0f} GB in {place} (LAMINA_CACHE)")
 
 
-def _of_files(half: str, pictures: Pictures) -> list[str]:
-    """Return what is wrong with images that have files of their own."""
-    if not isinstance(pictures, ImageFiles):
-        return []
+def _of_files(half: str, pictures: ImageFiles) -> tuple[list[str], float]:
+    """Return what is wrong with images that have files of their own, and the bytes of one of them, decoded."""
     gone = [place for place, path in enumerate(pictures.paths) if not path.is_file()]
     wrong = []
     if gone:
         first = printable(str(pictures.paths[gone[0]]))
         wrong.append(f"{len(gone)} of {len(pictures.paths)} {half} images are missing, the first: {first}")
     there = np.setdiff1d(np.arange(len(pictures.paths)), gone)
-    sample = there[np.unique(np.linspace(0, len(there) - 1, _SAMPLE).astype(np.int64))] if len(there) else there
-    broken = [(place, why) for place in sample.tolist() if (why := _unreadable(pictures.paths[place]))]
+    tried = there[sample(len(there))].tolist()
+    sizes, broken = [], []
+    for place in tried:
+        try:
+            sizes.append(decode_image(pictures.paths[place].read_bytes(), pictures.max_side).size)
+        except Exception as error:  # decoders raise almost anything
+            broken.append((place, reason(error)))
     if broken:
         place, why = broken[0]
         wrong.append(
-            f"{len(broken)} of {len(sample)} {half} images that were tried cannot be read, the first: "
+            f"{len(broken)} of {len(tried)} {half} images that were tried cannot be read, the first: "
             f"{printable(str(pictures.paths[place]))}: {why}"
         )
-    return wrong
+    return wrong, float(np.mean(sizes)) if sizes else 0.0
 
 
-def _unreadable(path: Path) -> str:
-    """Return why an image cannot be read; nothing where it can."""
+def _of_others(half: str, pictures: Pictures) -> tuple[list[str], float]:
+    """Return what is wrong with images of which many share a file, and the bytes of one of them."""
+    tried = sample(len(pictures.labels))
     try:
-        decode_image(path.read_bytes())
-    except Exception as error:  # decoders raise almost anything
-        return reason(error)
-    return ""
-
-
-def _few(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:3])
-    return f"{len(names)} ({shown}{', ...' if len(names) > 3 else ''})"
+        if isinstance(pictures, StoredPictures):
+            return [], pictures.tried(tried)[0].size
+        return [], pictures.opened(tried, skip_broken=False).image(int(tried[0])).numel()
+    except DataError as error:
+        return [f"{half} images that were tried cannot be read: {error}"], 0.0

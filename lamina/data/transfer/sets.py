@@ -10,6 +10,7 @@ import numpy as np
 
 from lamina.data.decode import ImageFiles
 from lamina.data.pictures import Pictures, Source
+from lamina.data.transfer.download import DOWNLOADS
 from lamina.errors import DataError
 from lamina.text import printable
 
@@ -87,8 +88,10 @@ def differences_of(dataset: TransferSet, source: Source) -> list[str]:
 def missing(dataset: TransferSet, root: Path, looked: Sequence[Path]) -> DataError:
     """Return the error for a data set that is not there: what, where it was looked for, the next move."""
     places = ", ".join(printable(str(place)) for place in looked)
+    known = dataset.name in DOWNLOADS
+    how = f"`lamina data get {dataset.name}` downloads it" if known else "lamina does not download it"
     return DataError(
-        f"{dataset.name} was not found; looked for {places}; lamina does not download it. What belongs there: "
+        f"{dataset.name} was not found; looked for {places}; {how}. What belongs there: "
         f"{dataset.layout}; or name another folder by --data DIR or LAMINA_DATA"
     )
 
@@ -127,13 +130,14 @@ def listed(
     train: Sequence[Entry],
     validation: Sequence[Entry],
     test: Sequence[Entry],
-    max_side: int,
+    max_side: int | None,
     split: str,
     classes: Sequence[str] = (),
 ) -> Source:
     """Return images that have files of their own, by lists.
 
     Args:
+        max_side: as of `lamina.data.decode.Encoded`.
         classes: their names; where there are none, they are numbered, as many as labels and expectation ask for.
 
     Raises:

@@ -5,6 +5,9 @@ as lists with the images, `vtab-1k/FOLDER/{images/*, train800.txt, val200.txt, t
 line is a path and a label: that is read here, and is exact. Where it is not there, `archives.py` reads the public
 archive of fifteen of them and recomputes the order (`order.py`).
 
+Images stay as their files have them, neither shrunk nor turned by an EXIF tag, so that the stretch to the square is the
+only resizing, as in the released code. What remains: TensorFlow decodes JPEG by a faster cosine transform than Pillow.
+
 References:
     Zhai et al., A Large-scale Study of Representation Learning with the Visual Task Adaptation Benchmark, 2019.
     Jia et al., Visual Prompt Tuning, ECCV 2022, and its released code: which slices.
@@ -46,8 +49,18 @@ _FACTS: dict[str, tuple[str, str, str, int, int]] = {
 }
 
 
+# Whole photographs are large once they are decoded: for the tests of SUN397 and Retinopathy we reckon with tens of GB.
+# They lie in the cache, mapped and not in memory, so a step holds those of its batch alone, but at most 64 while they
+# are decoded; `lamina data check` says what a set will take, and LAMINA_CACHE where it goes. Each is stretched anew
+# whenever it is seen, which costs more than stretching one that was shrunk.
+_AS_STORED = None
+
+
 def read(dataset: TransferSet, root: Path, max_side: int) -> Source:
     """Return a data set in the layout in which VTAB-1K is passed around, or else from its public archive.
+
+    Args:
+        max_side: means nothing here: images are kept as they are stored.
 
     Raises:
         DataError: when it is not there, a line is no path and label, or an image has two roles.
@@ -55,7 +68,7 @@ def read(dataset: TransferSet, root: Path, max_side: int) -> Source:
     folder = dataset.folders[0]
     place, looked = placed(root, [f"vtab-1k/{folder}", folder], lambda at: (at / _TEST).is_file())
     if place is None:
-        source = read_archive(dataset, root, max_side)
+        source = read_archive(dataset, root, _AS_STORED)
         if source is None:
             raise missing(dataset, root, looked)
         return source
@@ -63,11 +76,11 @@ def read(dataset: TransferSet, root: Path, max_side: int) -> Source:
     classes = names(place)
     if (place / _TRAIN).is_file() and (place / _VALIDATION).is_file():
         train, validation = entries(place / _TRAIN), entries(place / _VALIDATION)
-        return listed(dataset, train, validation, test, max_side, f"lists {_TRAIN}, {_VALIDATION}, {_TEST}", classes)
+        return listed(dataset, train, validation, test, _AS_STORED, f"lists {_TRAIN}, {_VALIDATION}, {_TEST}", classes)
     if not (place / _BOTH).is_file():
         raise DataError(f"{dataset.name}: {place} has neither {_TRAIN} with {_VALIDATION} nor {_BOTH}")
     split = f"lists {_BOTH}, {_TEST}; none of validation images"
-    return listed(dataset, entries(place / _BOTH), [], test, max_side, split, classes)
+    return listed(dataset, entries(place / _BOTH), [], test, _AS_STORED, split, classes)
 
 
 def entries(path: Path) -> list[Entry]:
