@@ -43,9 +43,9 @@ class GaPT(Tuned):
     def idle(self) -> dict[str, str]:
         return {} if self.dropout else {"dropout_mode": "where dropout is 0"}
 
-    def build(self, tower: Tower) -> Learner:
-        """Put the method together for one frozen image tower."""
-        prompts = GatedPrompts(
+    def prompts_for(self, tower: Tower) -> GatedPrompts:
+        """Return new prompts for a tower."""
+        return GatedPrompts(
             tower.depth,
             self.length,
             tower.width,
@@ -54,5 +54,13 @@ class GaPT(Tuned):
             dropout=self.dropout,
             dropout_mode=self.dropout_mode,
         )
+
+    def limits(self, prompts: GatedPrompts) -> Limits:
+        """Return what holds the temperatures of prompts."""
+        return Limits(prompts.temperatures, 0.01, 10.0)
+
+    def build(self, tower: Tower) -> Learner:
+        """Put the method together for one frozen image tower."""
+        prompts = self.prompts_for(tower)
         model = PromptedModel(tower, prompts, self.head_for(tower.features))
-        return self.learner(model, protections=[Limits(prompts.temperatures, 0.01, 10.0)])
+        return self.learner(model, protections=[self.limits(prompts)])

@@ -54,6 +54,9 @@ class LSPT(Tuned):
     hidden_norm: bool = Field(False, description="normalise what a block made of prompts before it is carried")
     tie_first: bool = Field(False, description="the first two blocks share a set of prompts")
     learn_cell: bool = Field(False, description="learn where an LSTM's memory starts, not 0")
+    hears: bool = Field(
+        True, description="carry what a block made of prompts; false carries what patches say alone, an equal control"
+    )
     dropout: float = Field(0.1, ge=0, lt=1, description="share of the numbers of prompts that are 0 in training")
     dropout_mode: DropoutMode = Field("per_sample", description="who has a mask of its own: each image, or each batch")
     recurrent_rate: float = Field(0.1, gt=0, description="times the learning rate: the rate of what carries")
@@ -63,6 +66,7 @@ class LSPT(Tuned):
     def idle(self) -> dict[str, str]:
         used = {"dropout_mode": self.dropout > 0, "hidden_norm": self.carry != "none"}
         used |= dict.fromkeys(("shared", "recurrent_rate"), self.carry != "none")
+        used["hears"] = self.hears or self.carry != "none"  # only the control can be asked for in vain
         used |= dict.fromkeys(("carriers", "forget_bias", "learn_cell"), self.carry == "lstm")
         return {name: "with carry and dropout as they are" for name, on in used.items() if not on}
 
@@ -84,6 +88,7 @@ class LSPT(Tuned):
             tie_first=self.tie_first,
             learn_cell=self.learn_cell,
             frozen_after_first=self.freeze_after_first,
+            hears=self.hears,
             bound=patch_bound(tower, tower.width),
             dropout=self.dropout,
             dropout_mode=self.dropout_mode,

@@ -20,6 +20,9 @@ class PromptsBeside(DeepPrompts):
     that comes after. Those that would enter a block without a trace take a place in the sequence here, since a context
     is either before the norm or after it.
 
+    The null spaces of deep prompts say nothing of what travels, which each block reads and changes. So what travels,
+    with all that belongs to it, such as a carrier or gates and temperatures, learns in the first task alone.
+
     Args:
         carrier: the prompts that travel.
         layers: the blocks that get deep prompts.
@@ -33,6 +36,8 @@ class PromptsBeside(DeepPrompts):
 
     def begin_task(self, index: int, columns: Sequence[int] = ()) -> None:
         self.carrier.begin_task(index, columns)
+        if index:
+            self.carrier.requires_grad_(False)
 
     def start(self, query: Tensor | None = None, task: int | None = None) -> PromptPass:
         return _Beside(self, self.carrier.start(query, task))

@@ -40,11 +40,13 @@ class LongTermPrompts(LearnedTokens):
         tie_first: the first two blocks share a set, so there are L - 1.
         learn_cell: cell states start at learned numbers, which start at 0; otherwise at 0.
         frozen_after_first: nothing of this is learned after the first task.
+        hears: the hidden state holds what the block made of the prompts; otherwise only what is told of its patches,
+            and prompts do not travel. That is a control: as many numbers are learned, and nothing of prompts is kept.
         bound, dropout, dropout_mode: as of `LearnedTokens`; what a carrier hands on is not dropped.
 
     References:
         Mo et al., LSPT: Long-term Spatial Prompt Tuning for Visual Representation Learning, 2024, section 3. Which set
-        is the first, that cells start at 0, and what each part does without the other are ours.
+        is the first, that cells start at 0, what each part does without the other, and the control are ours.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class LongTermPrompts(LearnedTokens):
         tie_first: bool = False,
         learn_cell: bool = False,
         frozen_after_first: bool = False,
+        hears: bool = True,
         bound: float = 1.0,
         dropout: float = 0.0,
         dropout_mode: DropoutMode = "per_sample",
@@ -73,7 +76,7 @@ class LongTermPrompts(LearnedTokens):
             range(1 if tied else 0, depth), length, width, bound=bound, dropout=dropout, dropout_mode=dropout_mode
         )
         self.depth, self.first_patch, self.spatial = depth, first_patch, spatial
-        self.hidden_norm, self.frozen_after_first = hidden_norm, frozen_after_first
+        self.hidden_norm, self.frozen_after_first, self.hears = hidden_norm, frozen_after_first, hears
         count = 0 if carry == "none" else 1 if shared else depth - 1
         self.carriers = nn.ModuleList(
             [carrier_of(carry, width, heads, layers=carriers, forget_bias=forget_bias) for _ in range(count)]
@@ -134,13 +137,15 @@ class LongTermPass(PromptPass):
         prompts, batch = self.prompts, tokens.shape[0]
         given = prompts.shown(max(layer, prompts.layers[0]), batch)
         if not layer:
-            travels = prompts.carrier(1) is not None and prompts.depth > 1
+            travels = prompts.hears and prompts.carrier(1) is not None and prompts.depth > 1
             return Splice(tokens=given.expand(batch, -1, -1)) if travels else Splice(context=given)
         carrier = prompts.carrier(layer)
         if carrier is None:
             return Splice(context=given if prompts.spatial == "none" else given + self._told(tokens, given))
-        assert carried is not None  # tokens travel wherever there is a carrier
-        entering = self._step(carrier, given, self._hidden(tokens, carried))
+        if not prompts.hears:  # beside others prompts may travel all the same
+            return Splice(context=self._step(carrier, given, self._hidden(tokens, None, given)))
+        assert carried is not None  # tokens travel wherever there is a carrier that hears of them
+        entering = self._step(carrier, given, self._hidden(tokens, carried, given))
         return Splice(tokens=entering) if layer < prompts.depth - 1 else ending(entering)
 
     def _told(self, tokens: Tensor, prompts: Tensor) -> Tensor:
@@ -148,12 +153,18 @@ class LongTermPass(PromptPass):
         patches = tokens[:, self.prompts.first_patch :]
         return coded(patches, prompts.expand(tokens.shape[0], -1, -1), self.prompts.spatial)
 
-    def _hidden(self, tokens: Tensor, carried: Tensor) -> Tensor:
-        """Return the hidden state (B, M, D) behind a block, in the precision of what is learned."""
-        carried = carried.to(torch.promote_types(carried.dtype, torch.float32))
+    def _hidden(self, tokens: Tensor, carried: Tensor | None, given: Tensor) -> Tensor:
+        """Return the hidden state (B, M, D) behind a block, in the precision of what is learned.
+
+        Args:
+            carried: (B, M, D); None where nothing is heard of it.
+            given: the set that comes next; tells clusters apart then.
+        """
+        heard = torch.zeros_like(given).expand(tokens.shape[0], -1, -1) if carried is None else carried
+        hidden = heard.to(torch.promote_types(heard.dtype, torch.float32))
         if self.prompts.spatial != "none":
-            carried = carried + self._told(tokens, carried)
-        return F.layer_norm(carried, carried.shape[-1:], eps=1e-6) if self.prompts.hidden_norm else carried
+            hidden = hidden + self._told(tokens, given if carried is None else hidden)
+        return F.layer_norm(hidden, hidden.shape[-1:], eps=1e-6) if self.prompts.hidden_norm else hidden
 
     def _step(self, carrier: Carrier, given: Tensor, hidden: Tensor) -> Tensor:
         if self.cells is None:

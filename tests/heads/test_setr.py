@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lamina.backbones import timm_vit
 from lamina.backbones.splice import PromptPass, Splice
 from lamina.errors import ConfigError, ShapeError
 from lamina.heads.batch_norm import SharedBatchNorm
@@ -109,6 +110,21 @@ def test_the_head_reads_patches_alone_as_blocks_leave_them_whatever_the_number_o
     for found, wanted in zip(read, [entering[1], entering[2], last], strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
     assert model(Batch(images)).logits.shape == (2, 5, 32, 32)
+
+
+@pytest.mark.parametrize("length", [0, 50])
+def test_images_of_512_pixels_and_150_classes_get_a_score_for_every_pixel_and_class(length, monkeypatch):
+    """On a ViT-B/16 and the published head, by shapes alone: nothing here has numbers."""
+    monkeypatch.setattr(timm_vit, "fingerprint", lambda model: "")  # it reads weights
+    with torch.device("meta"):
+        tower = timm_vit.TimmTower.create("vit_base_patch16_224", img_size=512)
+        head = SetrHead(768, 12, (32, 32), (512, 512))
+        head.begin_task(0, ["x"] * 150, range(150))
+        model = PromptedModel(tower, Travelling(length, 768) if length else None, head)
+        read, _ = model.features(Batch(torch.empty(2, 3, 512, 512)))
+        assert read.shape == (4, 2, 1024, 768)
+        scores = head(read, torch.zeros(2, 512, 512, dtype=torch.long))
+    assert scores.logits.shape == (2, 150, 512, 512) and scores.terms["auxiliary"].shape == ()
 
 
 def test_a_tower_gives_the_blocks_that_are_asked_for_in_the_order_asked(tiny_vit):

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from lamina.backbones import tower as engine
 from lamina.backbones.attention import attention_weights
 from lamina.methods.gapt import GaPT
 from lamina.prompts.deep import DeepPrompts
 from lamina.prompts.gated import GatedPrompts
+from lamina.prompts.long_term import LongTermPrompts
 from lamina.prompts.shallow import ShallowPrompts
 from lamina.protections.limits import Limits
 from tests.prompts.sequences import by_hand, drawn, entering_of, gradients, images, near, tower64
@@ -94,6 +96,47 @@ def test_with_dropout_every_block_is_shown_the_same_mask(tiny_vit):
     nn.init.constant_(prompts.gates, -100.0)
     first, *rest = entering_of(tiny_vit, prompts, images().float())
     assert 0.3 < (first == 0).float().mean() < 0.7 and all(torch.equal(first, other) for other in rest)
+
+
+# ── what learns from a loss behind the last block ────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("make", "count"),
+    [
+        (lambda: ShallowPrompts(3, 4, 24), 1),
+        (lambda: DeepPrompts(range(3), 4, 24), 3),
+        (lambda: GatedPrompts(3, 4, 24, gate_init=5.0), 3),
+        (lambda: LongTermPrompts(3, 4, 24), 7),
+        (lambda: LongTermPrompts(3, 4, 24, carry="none"), 3),
+    ],
+    ids=["shallow", "deep", "gated", "long-term", "long-term without a carrier"],
+)
+def test_a_loss_behind_the_last_block_reaches_every_prompt_from_where_they_start(make, count):
+    torch.manual_seed(1)
+    prompts = make().double()
+    found = gradients(features_of(prompts), prompts.parameters())
+    assert len(found) == count
+    for gradient in found:  # of prompts each token, of gates and temperatures each block
+        assert gradient.reshape(len(gradient), -1).norm(dim=1).min() > 1e-8
+
+
+@pytest.mark.parametrize("gate", [0.3, SHUT])
+def test_where_images_bring_no_gradient_early_blocks_learn_through_open_gates_alone(monkeypatch, gate):
+    """Closed gates leave the prompts' own way to the last block, and the temperature there."""
+    run = engine.run_block
+
+    def cut(block, x, splice, mask, tap, layer, length, *rest):
+        x = torch.cat([x[:, :length].detach(), x[:, length:]], dim=1)
+        return run(block, x, splice, mask, tap, layer, length, *rest)
+
+    monkeypatch.setattr(engine, "run_block", cut)
+    prompts = prompts_of(gates=[gate] * 2)
+    learned = prompts.value(0), prompts.gates, prompts.temperatures
+    tokens, gates, temperatures = gradients(features_of(prompts), learned)
+    assert tokens.norm(dim=1).min() > 1e-8 and temperatures[-1].abs() > 1e-8
+    early = torch.cat([gates, temperatures[:-1]]).abs()
+    assert not early.any() if gate == SHUT else early.min() > 1e-8
 
 
 # ── the method ───────────────────────────────────────────────────────────────────────────────────────

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from lamina.backbones import tower as engine
 from lamina.backbones.timm_vit import TimmTower
 from lamina.errors import UnsupportedBackbone
+from lamina.methods.lspt import LSPT
 from lamina.prompts.deep import DeepPrompts
 from lamina.prompts.long_term import LongTermPrompts
 from lamina.prompts.recurrent import GRU, LSTM, TransformerLayer
@@ -39,14 +40,15 @@ def over_time(module, given, states):
     return out.view(5, 4, 24), after
 
 
-def slowly(prompts, carry, told=True, norm=False, tied=False):
+def slowly(prompts, carry, told=True, norm=False, tied=False, hears=True):
     """Return features and what entered each block, by the definition; `carry` of (given, hidden) is one step."""
 
     def entering(layer, out, patches):
         given = prompts.value(max(layer, 1) if tied else layer)
         if not layer:
             return given[None]
-        hidden = out + patches.mean(1, keepdim=True) if told else out
+        hidden = out if hears else torch.zeros_like(out)
+        hidden = hidden + patches.mean(1, keepdim=True) if told else hidden
         return carry(layer, given, F.layer_norm(hidden, (24,), eps=1e-6) if norm else hidden)
 
     features, seen = by_hand(tower64(), images(), entering)
@@ -73,12 +75,14 @@ def torch_lstm(lstm, cell=None):
 # ── what carries ─────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("options", [{}, {"spatial": "none"}, {"hidden_norm": True}, {"tie_first": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"spatial": "none"}, {"hidden_norm": True}, {"tie_first": True}, {"hears": False}]
+)
 @pytest.mark.parametrize("carriers", [1, 2])
 def test_it_is_an_lstm_over_blocks_with_what_became_of_the_prompts_for_its_hidden_state(carriers, options):
     prompts = prompts_of(carriers=carriers, **options)
     told, norm, tied = options.get("spatial") != "none", "hidden_norm" in options, "tie_first" in options
-    want, entered = slowly(prompts, torch_lstm(prompts.carriers[0]), told, norm, tied)
+    want, entered = slowly(prompts, torch_lstm(prompts.carriers[0]), told, norm, tied, "hears" not in options)
     got = features_of(prompts)
     near(got, want)
     for ours, theirs in zip(entering_of(tower64(), prompts, images()), entered, strict=True):
@@ -181,21 +185,25 @@ def test_the_input_and_the_hidden_state_are_not_mistaken_for_each_other():
     near(features_of(told), features_of(deaf))
 
 
-def test_with_the_forget_gate_open_and_the_input_gate_shut_nothing_enters():
-    prompts = prompts_of()
-    step = prompts.carriers[0].steps[0]
+@pytest.mark.parametrize("full", [False, True])
+def test_with_the_forget_gate_open_and_the_input_gate_shut_memory_stays_what_it_was(full):
+    """Empty memory lets nothing enter; other memory enters, through gates that images still move."""
+    prompts = prompts_of(learn_cell=full)
     with torch.no_grad():
-        for value in step.parameters():
-            value.zero_()
-        step.bias_ih[:24], step.bias_ih[24:48] = -1000.0, 1000.0
-    entered = entering_of(tower64(), prompts, images())
-    assert entered[0].abs().max() > 0 and not entered[1].any() and not entered[2].any()
+        prompts.carriers[0].steps[0].bias_ih[:24], prompts.carriers[0].steps[0].bias_ih[24:48] = -2000.0, 2000.0
+        if full:
+            prompts.first_cells.copy_(drawn(1, 4, 24))
+    entered, states = remembered(prompts)
+    start = prompts.first_cells[0] if full else torch.zeros(4, 24).double()
+    assert states[0] is None and all(torch.equal(*torch.broadcast_tensors(cells[0], start)) for cells in states[1:])
+    assert entered[0].abs().max() > 0
+    assert all(bool(part.any()) == full for part in entered[1:])
+    assert not full or (entered[1][0] - entered[1][1]).abs().max() > 1e-6
 
 
-def test_what_enters_is_bounded_however_large_the_images_states_are():
-    prompts = prompts_of()
-    prompts.carriers[0].steps[0].weight_hh.data.mul_(100)
-    started, states = prompts.start(), []
+def remembered(prompts):
+    """Return what enters each block, and the cell states once it has."""
+    started, states, entered = prompts.start(), [], []
     at = started.at
 
     def note(layer, tokens, carried):
@@ -204,8 +212,14 @@ def test_what_enters_is_bounded_however_large_the_images_states_are():
         return splice
 
     started.at = note
-    entered = []
     tower64()(images(), started, lambda probe: entered.append(probe.entering))
+    return entered, states
+
+
+def test_what_enters_is_bounded_however_large_the_images_states_are():
+    prompts = prompts_of()
+    prompts.carriers[0].steps[0].weight_hh.data.mul_(100)
+    entered, states = remembered(prompts)
     assert entered[1].abs().max() <= torch.tensor(1.0).tanh() + 1e-7 and entered[2].abs().max() < 1
     assert states[0] is None
     assert states[1][0].abs().max() <= 1 and 1 < states[2][0].abs().max() <= 2
@@ -228,20 +242,55 @@ def test_as_many_numbers_are_learned_as_counted():
     assert count(LongTermPrompts(12, 10, 768)) == 92_160 + 4_724_736
 
 
+# ── the control that hears nothing of prompts ────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("carry", ["lstm", "gru", "transformer"])
+def test_a_control_that_does_not_hear_learns_as_many_numbers_and_nothing_of_its_prompts_travels(carry):
+    heard, control = prompts_of(carry=carry), prompts_of(carry=carry, hears=False)
+    control.load_state_dict(heard.state_dict())
+    assert (features_of(control) - features_of(heard)).abs().max() > 1e-6
+    assert tower64()(images(), heard.start(), all_rows=True).prompts is not None
+    assert tower64()(images(), control.start(), all_rows=True).prompts is None
+    assert all(gradient.norm() > 1e-8 for gradient in gradients(features_of(control), control.parameters()))
+
+
+def test_the_control_is_a_setting_of_lspt_that_needs_something_that_carries(tiny_vit):
+    assert LSPT().build(tiny_vit).model.prompts.hears and not LSPT(hears=False).build(tiny_vit).model.prompts.hears
+    assert LSPT(hears=False).idle() == {} and "hears" in LSPT(hears=False, carry="none").idle()
+
+
+def test_a_control_knows_images_by_their_patches_alone():
+    for spatial in ("mean", "none"):
+        for entered in entering_of(tower64(), prompts_of(hears=False, spatial=spatial), images())[1:]:
+            assert torch.equal(entered, entered[:1].expand(5, -1, -1)) == (spatial == "none")
+
+
+def test_clusters_of_a_control_come_in_the_order_of_the_prompts_that_come_next():
+    control = prompts_of(hears=False, spatial="kmeans")
+    carry = torch_lstm(control.carriers[0])
+
+    def entering(layer, out, patches):
+        given = control.value(layer)
+        return carry(layer, given, coded(patches, given.expand(5, -1, -1), "kmeans")) if layer else given[None]
+
+    near(features_of(control), by_hand(tower64(), images(), entering)[0])
+
+
 # ── what patches say ─────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_shift_of_all_patches_shifts_what_is_told_and_the_class_token_is_not_told_of():
     prompts = prompts_of()
     tokens, carried, shift = drawn(5, 17, 24), drawn(5, 4, 24, seed=8), drawn(24, seed=9)
-    hidden = prompts.start()._hidden
+    hidden, given = prompts.start()._hidden, prompts.value(1)
     near(
-        hidden(tokens + torch.cat([torch.zeros(1, 24), torch.ones(16, 24)]) * shift, carried),
-        hidden(tokens, carried) + shift,
+        hidden(tokens + torch.cat([torch.zeros(1, 24), torch.ones(16, 24)]) * shift, carried, given),
+        hidden(tokens, carried, given) + shift,
     )
     moved = tokens.clone()
     moved[:, 0] += 100
-    assert torch.equal(hidden(moved, carried), hidden(tokens, carried))
+    assert torch.equal(hidden(moved, carried, given), hidden(tokens, carried, given))
 
 
 def test_without_a_carrier_the_next_set_enters_with_what_patches_say_and_nothing_travels():
