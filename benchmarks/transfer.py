@@ -58,6 +58,7 @@ ROWS = [
     Row("LSPT", "lspt"),
     Row("LSPT without patches", "lspt", {"spatial": "none"}),
     Row("LSPT without LSTM", "lspt", {"carry": "none"}),
+    Row("LSPT that hears nothing of prompts", "lspt", {"hears": False}),
     Row("LSPT, GRU", "lspt", {"carry": "gru"}),
     Row("LSPT, transformer", "lspt", {"carry": "transformer"}),
     Row("LSPT, two LSTMs", "lspt", {"carriers": 2}),
