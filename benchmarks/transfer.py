@@ -32,7 +32,7 @@ SEEDS = 3
 #: passes and images a step of all rows
 SHARED = {"epochs": 10, "batch_size": 32}
 #: tries of SGD, and of AdamW for what is there already and for what is new
-SGD, ADAMW, NEW = [0.01, 0.03, 0.1], [0.0003, 0.001, 0.003], [0.001, 0.003, 0.01]
+SGD, ADAMW, NEW = [0.03, 0.1, 0.3], [0.0003, 0.001, 0.003], [0.001, 0.003, 0.01]
 
 
 class Row(NamedTuple):

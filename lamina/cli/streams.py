@@ -102,17 +102,17 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Learn ten digits two at a time, without and with protection, and compare: four to ten minutes."""
+    from lamina import catalogue
     from lamina.results.report import write_report
     from lamina.runs import complete, plan
 
+    said = {row["method"]: row["what it is"] for row in catalogue.rows("methods")}
     folder = out or free_folder(Path("runs") / ("demo-clip" if clip else "demo"))
     records, command = [], "lamina demo --clip" if clip else "lamina demo"
     for method in _CLIP_DEMO if clip else _DEMO:
         settings, _ = plan(method, "digits")
         if not as_json:
-            note(
-                f"{method}: five tasks of two digits each" if method != "joint" else f"{method}: all ten digits at once"
-            )
+            note(f"{method}: {said[method]}")
         with stoppable(f"{command} --out {folder}", folder):
             records.append(complete(settings, folder / method, command=command, progress=progress_of(as_json)))
     page = folder / "report.html"
