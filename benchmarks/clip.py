@@ -20,7 +20,7 @@ KEPT = (
 PROMPTED = ("clip-seq", "clip-nsp2", "clip-pgp", "maple", "clap-nsp2")
 #: old images a class, where methods are compared with them and without
 MEMORY = 10
-#: the numbers of CLAP's paper in place of those of our recipes, without its batches
+#: the numbers of CLAP's paper in place of those of our recipes; names look at each image by itself all the same
 PAPER = {"cosine": False, "lr": 0.001, "language": 15.0, "epochs": 5, "balance": 2}
 
 

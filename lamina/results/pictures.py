@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
 
+from lamina.results.records import record_files
 from lamina.text import printable
 
 #: folders of a run in which maps lie, with a number behind the second and later ones; and their picture
@@ -21,12 +22,12 @@ def find_pictures(paths: Iterable[Path | str]) -> dict[str, bytes]:
 
     Args:
         paths: as for `lamina.results.records.find_records`; a file stands for the folder that it is in.
+
+    Raises:
+        DataError: when a path does not exist or leads to no record.
     """
-    found: dict[Path, None] = {}
-    for path in map(Path, paths):
-        folder = path if path.is_dir() else path.parent
-        runs = sorted(file.parent for file in folder.rglob("results.json")) if path.is_dir() else [folder]
-        found.update((file.resolve(), None) for run in runs for file in sorted(run.glob(f"{FOLDER}*/{PICTURE}")))
+    runs = dict.fromkeys(file.parent for file in record_files(paths))
+    found = [file for run in runs for file in sorted(run.glob(f"{FOLDER}*/{PICTURE}"))]
     return {f"{file.parent.parent.name}/{file.parent.name}": file.read_bytes() for file in found}
 
 

@@ -247,6 +247,15 @@ def find_records(paths: Iterable[Path | str]) -> list[Record]:
     Raises:
         DataError: when a path does not exist or leads to no record.
     """
+    return [record for file in record_files(paths) for record in read_records(file)]
+
+
+def record_files(paths: Iterable[Path | str]) -> list[Path]:
+    """Return the files of records under files and folders, as `find_records` reads them.
+
+    Raises:
+        DataError: when a path does not exist or leads to no record.
+    """
     found: dict[Path, None] = {}
     for path in map(Path, paths):
         if path.is_dir():
@@ -260,7 +269,7 @@ def find_records(paths: Iterable[Path | str]) -> list[Record]:
         found.update((file.resolve(), None) for file in files)
     if not found:
         raise DataError("no run was named; give a run folder, a results.json, or a folder of run folders")
-    return [record for file in found for record in read_records(file)]
+    return list(found)
 
 
 def read_records(path: Path) -> list[Record]:
