@@ -79,9 +79,43 @@ def test_json_says_the_same(command, tmp_path):
 def test_a_name_nobody_knows_is_one_line(command, tmp_path):
     code, out, errors = command("data", "check", "vtab-cifar10", tmp_path)
     assert (code, out, len(errors)) == (2, "", 1)
-    assert errors[0].startswith(
-        "lamina: no data set to check is called 'vtab-cifar10'; did you mean 'vtab-cifar100'? Known: ade20k, "
-        "fgvc-NAME, medical-NAME, segment-digits, vtab-NAME"
+    assert errors[0].startswith("lamina: no stream is called 'vtab-cifar10'; did you mean 'vtab-cifar100'? Known: ")
+
+
+def test_a_folder_that_is_not_there_is_one_line(command, tmp_path):
+    assert command("data", "check", "vtab-dtd", tmp_path / "gone") == (
+        2,
+        "",
+        [f"lamina: {tmp_path}/gone does not exist; name the folder that data sets lie in"],
+    )
+
+
+def test_streams_of_tasks_are_looked_at_too_and_nothing_is_downloaded_for_a_look(command, tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise AssertionError("a look must not download")
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR100.download", offline)
+    code, out, errors = command("data", "check", "cifar100", tmp_path)
+    assert (code, errors, list(tmp_path.iterdir())) == (2, [], [])
+    assert out.startswith(f"wrong: cifar100 was not found; looked for {tmp_path}/cifar-100-python, ")
+    assert command("data", "check", "tiny-odd-1x10", tmp_path)[1].startswith("wrong: tiny-imagenet was not found; ")
+    assert command("data", "check", "digits", tmp_path) == (
+        0,
+        "digits: 10 classes; images: 1437 training, 360 test; split by the data set itself\n"
+        "note: the stream is scikit-learn's handwritten digits, 8 x 8 pixels: five tasks of two classes; needs no "
+        "files\nwhat was found can be used\n",
+        [],
+    )
+
+
+def test_lines_of_a_list_that_say_something_else_are_counted(command, tmp_path):
+    place = lists(tmp_path)
+    with (place / "test.txt").open("a") as file:
+        file.write("nolabel\nimages/x.png one\n")
+    code, out, _ = command("data", "check", "vtab-kitti-distance", tmp_path)
+    assert code == 2 and out.splitlines()[0] == (
+        f"wrong: {place}/test.txt, line 7: must be a path and a label from 0, as in images/1.jpg 7; got 'nolabel'; 2 "
+        "lines are like that"
     )
 
 

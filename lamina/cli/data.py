@@ -26,7 +26,9 @@ def about_data() -> None:
 
 @data_app.command()
 def check(
-    name: Annotated[str, typer.Argument(help="A stream: fgvc-cub, vtab-dtd, medical-isic, ade20k, segment-digits.")],
+    name: Annotated[
+        str, typer.Argument(help="A stream: vtab-dtd, fgvc-cub, ade20k, cifar100; see `lamina list streams`.")
+    ],
     path: Annotated[
         Path | None, typer.Argument(help="Folder that data sets lie in, or its own; else LAMINA_DATA, else the cache.")
     ] = None,
@@ -35,13 +37,16 @@ def check(
     """Say what is missing or wrong with a data set; exit code 2 where it cannot be used."""
     from lamina.data.sources import data_root
     from lamina.data.transfer.check import check as look
+    from lamina.errors import DataError
 
+    if path is not None and not path.expanduser().exists():
+        raise DataError(f"{printable(str(path))} does not exist; name the folder that data sets lie in")
     _tell(look(name, data_root(path)), as_json)
 
 
 @data_app.command()
 def get(
-    name: Annotated[str, typer.Argument(help="A stream whose data set torchvision downloads: vtab-dtd.")],
+    name: Annotated[str, typer.Argument(help="A stream whose data set torchvision downloads: vtab-dtd, cifar100.")],
     path: Annotated[
         Path | None, typer.Argument(help="Folder that data sets lie in; else LAMINA_DATA, else the cache.")
     ] = None,

@@ -7,11 +7,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lamina import __version__
+
+if TYPE_CHECKING:
+    from lamina.runs import RunSettings
 
 #: what a process says when it was asked to stop and can be resumed ("try again", in sysexits.h)
 STOPPED = 75
@@ -82,6 +85,21 @@ def print_table(rows: list[dict[str, Any]], title: str | None = None) -> None:
 def note(text: str) -> None:
     """Tell people something without getting into what is printed."""
     print(text, file=sys.stderr, flush=True)
+
+
+def note_recipe(run: RunSettings, used: Path | None, asked: bool) -> None:
+    """Tell people which recipe a run starts from, or that the one for its method and stream is not for its backbone."""
+    from lamina.config import read_toml
+    from lamina.runs import RECIPES
+
+    there = RECIPES / run.method / f"{run.stream.name}.toml"
+    if used is not None:
+        note(f"recipe {used.parent.name}/{used.name}" + (f": {run.settings}" if run.settings else ""))
+    elif asked and there.exists():
+        note(
+            f"recipe {run.method}/{there.name} is for {read_toml(there)['backbone']} and is left out; settings that "
+            "are not given are the method's own"
+        )
 
 
 def free_folder(folder: Path) -> Path:

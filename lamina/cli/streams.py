@@ -10,7 +10,19 @@ from typing import Annotated, Any
 
 import typer
 
-from lamina.cli.shared import Data, Json, Set, app, free_folder, note, print_table, progress_of, stoppable, typed
+from lamina.cli.shared import (
+    Data,
+    Json,
+    Set,
+    app,
+    free_folder,
+    note,
+    note_recipe,
+    print_table,
+    progress_of,
+    stoppable,
+    typed,
+)
 from lamina.cli.told import percent
 
 #: of the name of a run's folder, in bytes
@@ -71,8 +83,8 @@ def run(
     named = f"{settings.method}-{settings.stream.name}".replace("/", "_").replace(":", "-")
     # the paths of two data sets may make a longer name than file systems allow
     folder = out or free_folder(Path("runs") / os.fsencode(named)[:_LONGEST].decode(errors="ignore"))
-    if used is not None and not as_json:
-        note(f"recipe {used.parent.name}/{used.name}" + (f": {settings.settings}" if settings.settings else ""))
+    if not as_json:
+        note_recipe(settings, used, recipe)
     with stoppable(f"lamina resume {folder}", folder):
         record = execute(settings, folder, data=data, command=typed(), progress=progress_of(as_json))
     _show([record], as_json, folder)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lamina.cli.shared import Data, Json, Set, app, note, print_table, progress_of, stoppable, typed
+from lamina.cli.shared import Data, Json, Set, app, note, note_recipe, print_table, progress_of, stoppable, typed
 
 
 @app.command()
@@ -40,8 +40,8 @@ def transfer(
     pairs = [*(changes or []), *(["stream.skip_broken=true"] if skip_broken else [])]
     overrides = assignments(pairs) | ({"backbone": backbone} if backbone is not None else {})
     settings, used = transfer_plan(method, stream, recipe=recipe, overrides=overrides)
-    if used is not None and not as_json:
-        note(f"recipe {used.parent.name}/{used.name}" + (f": {settings.settings}" if settings.settings else ""))
+    if not as_json:
+        note_recipe(settings, used, recipe)
     named = f"transfer-{settings.method}-{settings.stream.name}".replace("/", "_").replace(":", "-")
     folder = out or Path("runs") / os.fsencode(named)[:200].decode(errors="ignore")
     with stoppable(typed(), folder):

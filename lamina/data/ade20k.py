@@ -88,10 +88,20 @@ class LabelledFiles:
         """Return nothing: images have several sizes."""
 
     def mask(self, index: int) -> Tensor:
-        """Return the label of each pixel of one image (height, width), uint8."""
+        """Return the label of each pixel of one image (height, width), uint8.
+
+        Raises:
+            DataError: when the map has a label that is not in the palette, told as the file has it.
+        """
+        stored = _read(self.maps[index], colour=False)
+        if (highest := int(stored.max(initial=0))) > len(self.palette):
+            raise DataError(
+                f"{self.maps[index]} has label {highest}; labels of such files go from 1 to {len(self.palette)}, and 0 "
+                "stands for none"
+            )
         # 0 wraps round to 255, which is what no class has
         assert IGNORE == 255
-        return torch.from_numpy(_read(self.maps[index], colour=False) - np.uint8(1))
+        return torch.from_numpy(stored - np.uint8(1))
 
     def address(self, index: int) -> str:
         """Return the path of an image."""
@@ -122,7 +132,7 @@ def missing(root: Path) -> DataError:
     """Return the error for an archive that is not there: where it was looked for, the next move."""
     return DataError(
         f"ade20k was not found; looked for {root / FOLDER}, {root / 'ade20k' / FOLDER}; put the unpacked folder of "
-        "the public archive there, or name another folder by --data DIR or LAMINA_DATA"
+        "the public archive there, or name another folder: --data DIR (`lamina data` takes DIR alone) or LAMINA_DATA"
     )
 
 

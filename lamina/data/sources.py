@@ -123,6 +123,6 @@ def _missing(name: str, root: Path) -> str:
         what = f"the folder {folder} of the public archive"
     places = ", ".join(map(str, looked))
     return (
-        f"{name} was not found; looked for {places}; put {what} there, or name another folder by --data DIR "
-        "or LAMINA_DATA"
+        f"{name} was not found; looked for {places}; put {what} there, or name another folder: --data DIR "
+        "(`lamina data` takes DIR alone) or LAMINA_DATA"
     )

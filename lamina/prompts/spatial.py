@@ -18,6 +18,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
+from lamina.errors import ConfigError
+
 Coding = Literal["mean", "kmeans", "none"]
 
 #: of Lloyd's algorithm
@@ -30,16 +32,21 @@ def coded(patches: Tensor, prompts: Tensor, how: Coding) -> Tensor:
     Args:
         patches: (B, N, D).
         prompts: (B, M, D); clusters are brought into their order.
-        how: "mean" of all patches, or "kmeans": a cluster for each prompt; where there are more prompts than patches,
-            clusters are told again from the first on.
+        how: "mean" of all patches, or "kmeans": a cluster for each prompt.
+
+    Raises:
+        ConfigError: when there are to be more clusters than patches.
     """
     patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
     if how == "mean":
         return patches.mean(1, keepdim=True)
-    size, length = patches.shape[1], prompts.shape[1]
-    count = min(length, size)
+    size, count = patches.shape[1], prompts.shape[1]
+    if count > size:
+        raise ConfigError(
+            f"spatial=kmeans tells each prompt of a cluster of its own, and images here have {size} patches for "
+            f"{count} prompts; take length={size} or less, or spatial=mean"
+        )
     means = cluster_means(patches, clusters(patches, count), count)
-    means = means[:, torch.arange(length, device=means.device) % count]
     order = alike(prompts, means)
     return means.gather(1, order[..., None].expand(-1, -1, means.shape[-1]))
 

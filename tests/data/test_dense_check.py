@@ -64,8 +64,8 @@ def test_sizes_that_differ_and_labels_outside_the_palette_are_counted_and_the_fi
         "2 of 3 training images differ in size from their label maps or cannot be opened, the first: "
         f"{images}/ADE_training_0.jpg is 20 x 30 pixels and its label map 9 x 8; each image needs a map of its own "
         "size",
-        "1 of 1 training images that were tried have labels outside the palette or cannot be read, the first: the "
-        f"label map of {images}/ADE_training_1.jpg has label 150; labels go from 0 to 149, and 255 stands for none",
+        "1 of 1 training images that were tried have labels outside the palette or cannot be read, the first: "
+        f"{maps}/ADE_training_1.png has label 151; labels of such files go from 1 to 150, and 0 stands for none",
     ]
 
 

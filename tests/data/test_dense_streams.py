@@ -358,7 +358,4 @@ def test_a_label_beyond_150_is_refused_when_it_is_read(archive):
     Image.fromarray(np.full((20, 30), 151, np.uint8)).save(place)
     with pytest.raises(DataError) as raised:
         labelled(ade(archive).tasks[0].train.images, 0)
-    assert one_line(raised) == (
-        f"the label map of {archive}/images/training/ADE_training_0.jpg has label 150; labels go from 0 to 149, and "
-        "255 stands for none"
-    )
+    assert one_line(raised) == (f"{place} has label 151; labels of such files go from 1 to 150, and 0 stands for none")

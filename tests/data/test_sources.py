@@ -81,7 +81,8 @@ def test_missing_tiny_imagenet_names_the_places_and_the_next_move(tmp_path):
     assert str(error.value) == (
         f"tiny-imagenet was not found; looked for {tmp_path}/tiny-imagenet, {tmp_path}/tiny-imagenet-200, "
         f"{tmp_path}/tiny-imagenet-200.zip; put its parquet files and classes.tsv, or the public "
-        "tiny-imagenet-200.zip, unpacked or not, there, or name another folder by --data DIR or LAMINA_DATA"
+        "tiny-imagenet-200.zip, unpacked or not, there, or name another folder: --data DIR (`lamina data` takes DIR "
+        "alone) or LAMINA_DATA"
     )
 
 
@@ -157,8 +158,8 @@ def test_cifar_offline_says_what_is_missing_and_where_to_put_it(tmp_path, monkey
     assert str(error.value) == (
         f"cifar10 was not found; looked for {tmp_path}/cifar-10-batches-py, "
         f"{tmp_path}/cifar10/cifar-10-batches-py; put the folder cifar-10-batches-py of the public archive "
-        "there, or name another folder by --data DIR or LAMINA_DATA. Downloading it failed: "
-        "Name or service not known"
+        "there, or name another folder: --data DIR (`lamina data` takes DIR alone) or LAMINA_DATA. Downloading it "
+        "failed: Name or service not known"
     )
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import sys
 import urllib.error
 from pathlib import Path
@@ -12,12 +13,27 @@ import torchvision.datasets
 from PIL import Image
 from scipy.io import savemat
 
+from lamina.data.streams import StreamSettings, build_stream
 from lamina.data.transfer.archives import ARCHIVES
 from lamina.data.transfer.check import check, got
 from lamina.data.transfer.download import DOWNLOADS
 from lamina.errors import DataError
 from tests.data.archived import h5py_of_npy, write_camelyon, write_cifar, write_svhn
 from tests.data.conftest import pixels
+
+VTAB = [name for name in DOWNLOADS if name.startswith("vtab-")]
+
+
+def unpack_cifar(root, url):
+    if "cifar-100" in url:
+        write_cifar(root)
+        return
+    place = root / "cifar-10-batches-py"
+    place.mkdir()
+    for number, (name, count) in enumerate([*((f"data_batch_{n}", 4) for n in range(1, 6)), ("test_batch", 13)]):
+        rows = np.random.default_rng(number).integers(0, 256, (count, 3072), dtype=np.uint8)
+        (place / name).write_bytes(pickle.dumps({"data": rows, "labels": [row % 3 for row in range(count)]}))
+    (place / "batches.meta").write_bytes(pickle.dumps({"label_names": ["plane", "car", "bird"]}))
 
 
 def save(path, seed):
@@ -99,7 +115,7 @@ def online(monkeypatch, tmp_path_factory):
             asked.append(url)
             place = Path(download_root)
             place.mkdir(parents=True, exist_ok=True)
-            unpack(place, url) if unpack is unpack_pets else unpack(place)
+            unpack(place, url) if unpack in (unpack_pets, unpack_cifar) else unpack(place)
 
         return get
 
@@ -120,7 +136,7 @@ def online(monkeypatch, tmp_path_factory):
         Path(path.removesuffix(".gz")).write_bytes(Path(path).read_bytes())
 
     for module, unpack in {
-        datasets.cifar: write_cifar, datasets.dtd: unpack_dtd, datasets.flowers102: unpack_flowers,
+        datasets.cifar: unpack_cifar, datasets.dtd: unpack_dtd, datasets.flowers102: unpack_flowers,
         datasets.oxford_iiit_pet: unpack_pets, datasets.eurosat: unpack_eurosat, datasets.clevr: unpack_clevr,
     }.items():  # fmt: skip
         monkeypatch.setattr(module, "download_and_extract_archive", archive(unpack))
@@ -135,7 +151,7 @@ def online(monkeypatch, tmp_path_factory):
     return asked
 
 
-@pytest.mark.parametrize("name", DOWNLOADS)
+@pytest.mark.parametrize("name", VTAB)
 def test_what_is_downloaded_is_found_and_is_downloaded_once(tmp_path, few, online, name):
     begun = []
     found = got(name, tmp_path / "data", lambda: begun.append(name))
@@ -146,8 +162,16 @@ def test_what_is_downloaded_is_found_and_is_downloaded_once(tmp_path, few, onlin
     assert len(online) == first and begun == [name]
 
 
+@pytest.mark.parametrize(("name", "images"), {"cifar10": 20, "cifar100": 1100}.items())
+def test_data_sets_of_streams_of_tasks_are_downloaded_to_where_their_streams_look(tmp_path, online, name, images):
+    found = got(name, tmp_path / "data")
+    assert (found.wrong, found.roles) == ([], {"training": images, "test": 13}) and len(online) == 1
+    stream = build_stream(StreamSettings(name=name, tasks=1), tmp_path / "data")
+    assert len(stream.tasks[0].train) == images and len(online) == 1
+
+
 def test_every_archive_that_is_downloaded_is_one_that_is_read():
-    assert {name.removeprefix("vtab-") for name in DOWNLOADS} <= ARCHIVES.keys()
+    assert {name.removeprefix("vtab-") for name in VTAB} <= ARCHIVES.keys()
     assert all(hasattr(torchvision.datasets, own.kind) for own in DOWNLOADS.values())
 
 

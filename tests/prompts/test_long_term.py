@@ -316,11 +316,6 @@ def test_clusters_are_brought_into_the_order_of_what_became_of_the_prompts():
     assert (features_of(prompts) - features_of(prompts_of())).abs().max() > 1e-4
 
 
-def test_more_prompts_than_patches_do_not_stop_clusters():
-    out = features_of(prompts_of(length=23, spatial="kmeans"))
-    assert out.shape == (5, 24) and out.isfinite().all()
-
-
 # ── what it is without its parts, and what stays ─────────────────────────────────────────────────────
 
 

@@ -1,8 +1,11 @@
 """Means of patches and of clusters of them. B 3, N 17 patches, M 4, D 6; float64."""
 
+import re
+
 import pytest
 import torch
 
+from lamina.errors import ConfigError
 from lamina.prompts.spatial import alike, cluster_means, clusters, coded
 from tests.prompts.sequences import drawn, near
 
@@ -88,12 +91,15 @@ def test_clusters_follow_prompts_whatever_their_order():
     near(coded(patches(), prompts[:, order], "kmeans"), coded(patches(), prompts, "kmeans")[:, order])
 
 
-def test_more_prompts_than_patches_are_told_of_clusters_again():
-    out = coded(patches(), drawn(3, 40, 6), "kmeans")
-    assert out.shape == (3, 40, 6)
-    for image, told in zip(patches(), out, strict=True):
-        counts = torch.stack([(told - patch).abs().amax(1) < 1e-12 for patch in image]).sum(1)
-        assert sorted(counts.tolist()) == [2] * 11 + [3] * 6  # 40 prompts among 17 patches
+def test_more_prompts_than_patches_are_refused_by_kmeans_and_only_by_it():
+    assert coded(patches(), drawn(3, 17, 6), "kmeans").shape == (3, 17, 6)
+    assert coded(patches(), drawn(3, 18, 6), "mean").shape == (3, 1, 6)
+    message = (
+        "spatial=kmeans tells each prompt of a cluster of its own, and images here have 17 patches for 18 prompts; "
+        "take length=17 or less, or spatial=mean"
+    )
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        coded(patches(), drawn(3, 18, 6), "kmeans")
 
 
 def test_patches_in_low_precision_are_summed_in_float32():

@@ -11,20 +11,25 @@ from lamina.data.cache import cache_root
 from lamina.data.checked import Checked, few, sample
 from lamina.data.decode import ImageFiles, decode_image, reason
 from lamina.data.dense_check import DENSE
-from lamina.data.pictures import Pictures
+from lamina.data.named import NamedStream, named_stream
+from lamina.data.pictures import Pictures, Source
+from lamina.data.sources import find_sets
 from lamina.data.transfer.arrays import StoredPictures
 from lamina.data.transfer.download import DOWNLOADS, download
 from lamina.data.transfer.named import TRANSFER
 from lamina.data.transfer.sets import ROLES, TransferSet, differences_of, roles_of
-from lamina.errors import ConfigError, DataError, unknown
+from lamina.errors import DataError
 from lamina.text import printable
 
 #: bytes in the cache from which on people are told of them
 _MUCH = 5_000_000_000
 
+#: the longest side of decoded photographs, as streams have it unless told otherwise
+_SIDE = 256
+
 
 def check(name: str, root: Path) -> Checked:
-    """Look at a data set on disk: lists, files, classes of each role, and a sample of its images.
+    """Look at the data set of a stream on disk: lists, files, classes of each role, and a sample of its images.
 
     Args:
         root: the folder that data sets lie in, or the data set's own.
@@ -34,13 +39,14 @@ def check(name: str, root: Path) -> Checked:
     """
     if name in DENSE:
         return DENSE[name](root.expanduser())
-    if name not in TRANSFER:
-        families = [f"{name.partition('-')[0]}-NAME" for name in TRANSFER]
-        raise ConfigError(unknown("data set to check", name, [*TRANSFER, *DENSE], shown={*families, *DENSE}))
-    dataset = TRANSFER[name]
-    found = Checked(name, dataset.layout)
+    dataset = TRANSFER.get(name)
+    row, path = named_stream(name)
+    found = Checked(name, dataset.layout if dataset else row.description)
     try:
-        _look(dataset, root, found)
+        if dataset:
+            _look(dataset, root, found)
+        else:
+            _look_at_source(name, row, path, root.expanduser(), found)
     except DataError as error:
         found.wrong.append(str(error))
     return found
@@ -67,6 +73,18 @@ def got(name: str, root: Path, begun: Callable[[], None] = lambda: None) -> Chec
     return found
 
 
+def _look_at_source(name: str, row: NamedStream, path: str, root: Path, found: Checked) -> None:
+    """Look at a data set that is not of a benchmark of transfer; what the stream takes of it is a remark."""
+    for own, place, said in find_sets(root):
+        if own == name and place is None:  # asking for it would download it
+            raise DataError(said)
+    source = row.source(path, root, _SIDE)
+    found.roles = {role: len(labels) for role, labels in roles_of(source).items() if len(labels)}
+    found.classes, found.split = len(source.classes), "the data set itself"
+    found.remarks.append(f"the stream is {row.description}")
+    _look_at_images(source, found)
+
+
 def _look(dataset: TransferSet, root: Path, found: Checked) -> None:
     source = dataset.source(root)
     labels = roles_of(source)
@@ -81,6 +99,11 @@ def _look(dataset: TransferSet, root: Path, found: Checked) -> None:
         if len(lacking) and found.roles[role]:
             names = [source.classes[label] for label in lacking]
             found.remarks.append(f"{few(names)} of {len(source.classes)} classes have no {role} image")
+    _look_at_images(source, found)
+
+
+def _look_at_images(source: Source, found: Checked) -> None:
+    """Read a sample of the images of both halves, and reckon what all of them will take."""
     kept = 0.0
     for half, pictures in (("training or validation", source.train), ("test", source.test)):
         wrong, size = _of_files(half, pictures) if isinstance(pictures, ImageFiles) else _of_others(half, pictures)

@@ -37,8 +37,10 @@ def _splits(*names: str) -> list[dict[str, str]]:
 
 _CLEVR = Download("CLEVRClassification")
 
-#: name of a stream -> how it is downloaded. The folder of CIFAR-100 is that of the stream `cifar100`.
+#: name of a stream -> how it is downloaded. VTAB's CIFAR-100 lies where the stream `cifar100` has it.
 DOWNLOADS: Mapping[str, Download] = {
+    "cifar10": Download("CIFAR10", "cifar10"),
+    "cifar100": Download("CIFAR100", "cifar100"),
     "vtab-cifar100": Download("CIFAR100", "cifar100"),
     "vtab-dtd": Download("DTD"),
     "vtab-flowers102": Download("Flowers102"),

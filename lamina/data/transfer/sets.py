@@ -92,7 +92,7 @@ def missing(dataset: TransferSet, root: Path, looked: Sequence[Path]) -> DataErr
     how = f"`lamina data get {dataset.name}` downloads it" if known else "lamina does not download it"
     return DataError(
         f"{dataset.name} was not found; looked for {places}; {how}. What belongs there: "
-        f"{dataset.layout}; or name another folder by --data DIR or LAMINA_DATA"
+        f"{dataset.layout}; or name another folder: --data DIR (`lamina data` takes DIR alone) or LAMINA_DATA"
     )
 
 

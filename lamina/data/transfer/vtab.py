@@ -87,7 +87,7 @@ def entries(path: Path) -> list[Entry]:
     """Return what a list says: on each line the path of an image, from the list's folder, and its label.
 
     Raises:
-        DataError: when it cannot be read or says something else.
+        DataError: when it cannot be read, or some of its lines say something else.
     """
     shown = printable(str(path))
     try:
@@ -95,16 +95,19 @@ def entries(path: Path) -> list[Entry]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{shown} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     found: list[Entry] = []
+    wrong: list[str] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         place, _, label = line.strip().rpartition(" ")
         if not place.strip() or not label.isascii() or not label.isdigit():
-            raise DataError(
-                f"{shown}, line {number}: must be a path and a label from 0, as in images/1.jpg 7; got "
-                f"{line.strip()[:80]!r}"
+            wrong.append(
+                f"line {number}: must be a path and a label from 0, as in images/1.jpg 7; got {line.strip()[:80]!r}"
             )
+            continue
         found.append((path.parent / place.strip(), int(label)))
+    if wrong:
+        raise DataError(f"{shown}, {wrong[0]}" + (f"; {len(wrong)} lines are like that" if len(wrong) > 1 else ""))
     return found
 
 
