@@ -8,14 +8,15 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from lamina.config import read_toml
+from lamina.config import Settings, read_toml
 from lamina.errors import ConfigError, unknown
 from lamina.registry import default_backbone, method_class, method_names
 
 
 def rows(kind: str) -> list[dict[str, Any]]:
-    """Return a row for each method, stream, backbone or recipe, with its name and what it is."""
-    return {"methods": _methods, "streams": _streams, "backbones": _backbones, "recipes": _recipes}[kind]()
+    """Return a row for each method, stream, backbone, recipe, or setting of runs, with its name and what it is."""
+    lists = {"methods": _methods, "streams": _streams, "backbones": _backbones, "recipes": _recipes}
+    return (lists | {"settings": _settings})[kind]()
 
 
 def about(method: str) -> dict[str, Any]:
@@ -25,16 +26,7 @@ def about(method: str) -> dict[str, Any]:
         ConfigError: when nobody knows the method.
     """
     kind = method_class(method)
-    settings = [
-        {
-            "setting": name,
-            "default": field.default,
-            "limits": _limits(field),
-            "meaning": field.description or "",
-        }
-        for name, field in kind.model_fields.items()
-    ]
-    return {"method": method, "text": _module_text(kind), "settings": settings}
+    return {"method": method, "text": _module_text(kind), "settings": _rows_of(kind)}
 
 
 def recipe(name: str) -> dict[str, Any]:
@@ -141,6 +133,33 @@ def _recipes() -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def _settings() -> list[dict[str, Any]]:
+    """Return what `--set` changes beside settings of the method."""
+    from lamina.data.streams import StreamSettings
+    from lamina.runs import RunSettings
+    from lamina.training.dense import DenseSettings
+
+    apart = ("method", "stream", "dense", "settings")
+    return [
+        *(row for row in _rows_of(RunSettings) if row["setting"] not in apart),
+        *_rows_of(StreamSettings, "stream."),
+        *_rows_of(DenseSettings, "dense."),
+    ]
+
+
+def _rows_of(kind: type[Settings], before: str = "") -> list[dict[str, Any]]:
+    """Return a row for each setting of a kind, its name after `before`."""
+    return [
+        {
+            "setting": before + name,
+            "default": "" if field.is_required() else field.default,
+            "limits": _limits(field),
+            "meaning": field.description or "",
+        }
+        for name, field in kind.model_fields.items()
+    ]
 
 
 def _module_text(kind: type) -> str:

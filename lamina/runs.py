@@ -171,7 +171,9 @@ def resumable(folder: Path) -> RunSettings:
         ResumeError: when there is none.
     """
     if not (folder / SETTINGS).exists():
-        raise ResumeError(f"{folder} holds no run: there is no {SETTINGS} in it; start one with `lamina run`")
+        below = sorted(file.parent for file in folder.rglob(SETTINGS))
+        move = f"name one that lies below it, as {below[0]}" if below else "start one with `lamina run`"
+        raise ResumeError(f"{folder} holds no run: there is no {SETTINGS} in it; {move}")
     values = read_toml(folder / SETTINGS)
     if not isinstance(values.get("run"), dict):
         raise ResumeError(f"{folder / SETTINGS} says nothing of a run; start it anew with `lamina run`")

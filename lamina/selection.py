@@ -178,6 +178,7 @@ class _Search:
         self.cells = combinations(run, grid)
         self.trials: list[dict[str, Any]] = []
         self.finals: list[dict[str, Any]] = []
+        self.measure = "accuracy"
         #: folders of runs that diverged, with what was said then
         self.diverged = self._known()
 
@@ -244,7 +245,9 @@ class _Search:
             if place in self.diverged:
                 return self.diverged[place]
         try:
-            return complete(run, folder, **self.arguments)
+            record = complete(run, folder, **self.arguments)
+            self.measure = record.measure
+            return record
         except TrainingError as error:
             self.diverged[place] = str(error)
             return str(error)
@@ -275,11 +278,13 @@ class _Search:
             "backbone": self.run.backbone,
             "grid": {name: list(values) for name, values in self.grid.items()},
             "seeds": list(self.seeds),
-            "rule": "accuracy after the last epoch; of equals, the smaller learning rate",
+            "measure": self.measure,
+            "rule": f"{self.measure} after the last epoch; of equals, the smaller learning rate",
             "trials": self.trials,
             "finals": self.finals,
             "diverged": self.diverged,
             "chosen": chosen,
+            # what the measure says, whatever it is, as in records
             "accuracy": accuracy and {"mean": accuracy.mean, "deviation": accuracy.deviation, "runs": accuracy.runs},
             "protocol": dict(records[0].protocol) if records else {},
             "command": self.arguments.get("command", ""),

@@ -16,10 +16,11 @@ from typer.testing import CliRunner
 
 import lamina
 from lamina.cli import app
+from lamina.data.streams import StreamSettings
 from lamina.errors import StorageError
 from lamina.registry import method_class, method_names
 from lamina.results.records import Record
-from lamina.runs import RECIPES
+from lamina.runs import RECIPES, RunSettings
 from lamina.training.trainer import Stopped
 from tests.commands import called
 from tests.streams import KNOWN_STREAMS
@@ -84,6 +85,18 @@ def test_list_gives_each_a_name_and_a_line_as_json_and_as_text(kind, column, som
     assert all(row["what it is"].strip() and "\n" not in row["what it is"] for row in rows)
     text = CliRunner().invoke(app, ["list", kind]).stdout
     assert all(name in text for name in some)
+
+
+def test_list_settings_gives_every_setting_of_runs_streams_and_pixels_as_set_takes_it():
+    rows = json.loads(CliRunner().invoke(app, ["list", "settings", "--json"]).stdout)
+    run = RunSettings.model_fields.keys() - {"method", "stream", "dense", "settings"}
+    nested = {f"stream.{name}" for name in StreamSettings.model_fields} | {"dense.channels", "dense.auxiliary"}
+    assert run | nested <= {row["setting"] for row in rows}
+    assert len({row["setting"] for row in rows}) == len(rows)
+    assert all(row["limits"] and row["meaning"] for row in rows)
+    (order,) = (row for row in rows if row["setting"] == "stream.order_seed")
+    assert (order["default"], order["limits"]) == (1993, "0 or more, below 4294967296")
+    assert "dense.multi_scale" in CliRunner().invoke(app, ["list", "settings"]).stdout
 
 
 @pytest.mark.parametrize("name", method_names())
@@ -273,6 +286,20 @@ def finished(command):
     code, out, errors = command("run", "nearest-mean", *SMALL, "--out", "done", "--json")
     assert (code, errors) == (0, [])
     return Path("done"), out
+
+
+def test_a_recipe_for_another_backbone_is_left_out_and_told_of(command):
+    words = ["run", "nearest-mean", *SMALL, "--out", "done"]
+    recipe = RECIPES / "nearest-mean" / "digits.toml"
+    assert recipe.exists() == (f"recipe nearest-mean/{recipe.name}" in "".join(command(*words)[2]))
+    code, _, errors = command(
+        "run", "vpt-deep", *SMALL, "--set", "epochs=1", "--backbone", "lamina:vit-nano#mean_all", "--out", "other"
+    )
+    assert code == 0 and errors[0] == (
+        "recipe vpt-deep/digits.toml is for lamina:vit-nano and is left out; settings that are not given are the "
+        "method's own"
+    )
+    assert "recipe" not in "".join(command("run", "nearest-mean", *SMALL, "--no-recipe", "--out", "third")[2])
 
 
 def test_a_run_writes_all_documented_fields_and_json_prints_the_same(finished):

@@ -122,7 +122,7 @@ def test_lines_of_a_list_that_say_something_else_are_counted(command, tmp_path):
 def test_scenes_of_digits_need_nothing(command, tmp_path):
     assert command("data", "check", "segment-digits", tmp_path) == (
         0,
-        "segment-digits: 11 classes; images: 400 training, 100 test; split by digits that only the test scenes show\n"
+        "segment-digits: 11 classes; images: 1000 training, 200 test; split by digits that only the test scenes show\n"
         "what was found can be used\n",
         [],
     )

@@ -162,6 +162,15 @@ def test_a_folder_without_a_run_cannot_be_resumed(tmp_path):
     )
 
 
+def test_a_folder_of_folders_names_a_run_below_it(tmp_path):
+    run, _ = plan("vpt-deep", "digits")
+    for place in ("select/lr=0.1", "final/lr=0.1/seed-42"):
+        write_toml(tmp_path / place / "settings.toml", {"run": run.model_dump()})
+    with pytest.raises(ResumeError) as error:
+        resumable(tmp_path)
+    assert str(error.value).endswith(f"; name one that lies below it, as {tmp_path}/final/lr=0.1/seed-42")
+
+
 def test_settings_that_a_crash_cut_short_are_our_error(tmp_path):
     """The first thing that a run writes; a kill in that moment may leave an empty file."""
     (tmp_path / "settings.toml").write_text("")

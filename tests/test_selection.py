@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -152,6 +153,17 @@ def test_selection_has_validation_images_and_final_runs_no_holdout(world, tmp_pa
     assert (final.test_on, final.holdout, final.per_class, final.tasks) == (None, None, 8, 1)
 
 
+def test_what_is_measured_has_its_name_in_the_summary(monkeypatch, world, tmp_path):
+    made = world(lambda settings: settings["lr"])
+    pixels = {"measure": "mIoU", "tested_on": "test images"}
+    monkeypatch.setattr(
+        lamina.selection, "complete", lambda *given, **named: replace(made(*given, **named), protocol=pixels)
+    )
+    summary = searched(tmp_path, {"lr": [0.1, 0.2]})
+    assert (summary["measure"], summary["chosen"]) == ("mIoU", {"lr": 0.2})
+    assert summary["rule"].startswith("mIoU after the last epoch")
+
+
 def test_a_folder_with_other_runs_is_refused(world, tmp_path):
     world(lambda settings: 0.3)
     searched(tmp_path, {"lr": [0.1, 0.2]})
@@ -255,6 +267,7 @@ def test_transfer_on_the_command_line_chooses_learns_anew_and_says_under_which_p
     words = ["transfer", "linear-probe", f"folder:{photos}", *WORDS, "--seeds", "2", "--out", "found"]
     code, out, _ = command(*words)
     assert code == 0 and "written to found/transfer.json" in out and "chosen by accuracy after the last epoch" in out
+    assert "validation accuracy (%)" in out and f"linear-probe on folder:{photos}: accuracy " in out
     summary = json.loads((tmp_path / "found" / SUMMARY).read_text())
     assert summary["finished"] and summary["seeds"] == [42, 44] and len(summary["trials"]) == 2
     select = Record.read(tmp_path / "found" / summary["trials"][0]["folder"] / "results.json")
@@ -262,6 +275,7 @@ def test_transfer_on_the_command_line_chooses_learns_anew_and_says_under_which_p
     counts = ("train_images", "test_images", "tested_on")
     assert [select.protocol[name] for name in counts] == [18, 3, "held-out training images"]
     assert [final.protocol[name] for name in counts] == [21, 12, "test images"]
+    assert final.protocol["kind"] == "one task" and summary["measure"] == "accuracy"
     times = {file: file.stat().st_mtime_ns for file in (tmp_path / "found").rglob("results.json")}
     assert len(times) == 4
     assert command(*words, "--json")[0] == 0

@@ -18,11 +18,12 @@ class Kind(StrEnum):
     streams = "streams"
     backbones = "backbones"
     recipes = "recipes"
+    settings = "settings"
 
 
 @app.command("list")
 def list_(kind: Annotated[Kind, typer.Argument(help="What to list.")], as_json: Json = False) -> None:
-    """List methods, streams, backbones or recipes."""
+    """List methods, streams, backbones, recipes, or what `--set` changes beside settings of a method."""
     from lamina.catalogue import rows
 
     found = rows(kind.value)

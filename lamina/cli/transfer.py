@@ -70,7 +70,7 @@ def _show(summary: dict[str, Any]) -> None:
             [
                 {
                     **{name: show(value) for name, value in trial["settings"].items()},
-                    "validation accuracy (%)": percent(trial["accuracy"])
+                    f"validation {summary['measure']} (%)": percent(trial["accuracy"])
                     if trial["accuracy"] is not None
                     else "diverged"
                     if "diverged" in trial
@@ -82,7 +82,8 @@ def _show(summary: dict[str, Any]) -> None:
         )
     chosen = ", ".join(f"{name} {show(value)}" for name, value in summary["chosen"].items()) or "the settings given"
     seeds = ", ".join(map(str, summary["seeds"]))
-    print(f"{summary['method']} on {summary['stream']}: {Spread(**summary['accuracy'])} % (seeds {seeds}; {chosen})")
+    came_out = f"{summary['measure']} {Spread(**summary['accuracy'])} %"
+    print(f"{summary['method']} on {summary['stream']}: {came_out} (seeds {seeds}; {chosen})")
     said = [f"{name.replace('_', ' ')} {show(value)}" for name, value in summary["protocol"].items()]
     how = (
         f"chosen by {summary['rule']}, of {len(summary['trials'])} settings" if summary["trials"] else "nothing chosen"

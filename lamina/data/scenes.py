@@ -17,10 +17,10 @@ from lamina.data.sources import digits
 #: of the scenes; never a setting, so that all runs share them
 _SEED = 0
 
-_SIDE, _TRAIN, _TEST = 64, 400, 100
+_SIDE, _TRAIN, _TEST = 64, 1000, 200
 
 #: the number of digits in a scene, and their sides in pixels, from and to
-_COUNT, _DIGIT = (2, 5), (18, 34)
+_COUNT, _DIGIT = (2, 4), (24, 36)
 
 #: how dark an original pixel is at least, in [0, 1], to belong to its digit
 _INK = 0.4
@@ -66,7 +66,7 @@ class LabelledArrays:
 
 @lru_cache(maxsize=1)
 def digit_scenes() -> DenseSource:
-    """Return scenes of two to five digits on a texture, 64 x 64 pixels, 400 to learn from and 100 to test on.
+    """Return scenes of two to four digits on a texture, 64 x 64 pixels, 1000 to learn from and 200 to test on.
 
     Those to test on show digits that the others never do. Label 0 is the background, 1 to 10 are the digits.
     """

@@ -46,6 +46,8 @@ _BESIDES = {
     "pixel_accuracy": "Accuracy of pixels",
     "miou_multi_scale": "mIoU, several scales",
 }
+#: of these, what is better when lower
+_LOWER = {"forgetting": "forgetting", "ece": "calibration error"}
 
 
 def write_report(records: Sequence[Record], path: Path, pictures: Mapping[str, bytes] | None = None) -> None:
@@ -77,12 +79,13 @@ def report(records: Sequence[Record], pictures: Mapping[str, bytes] | None = Non
     links = [f'<li><a href="#{_anchor(i)}">{_group_name(g)}</a></li>' for i, g in enumerate(groups.values())]
     contents = f"<nav><ul>{''.join(links)}</ul></nav>" if len(groups) > 1 else ""
     sections = "".join(_section(index, group) for index, group in enumerate(groups.values()))
+    learning = " of continual learning" if any(record.tasks > 1 for record in records) else ""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}; img-src data:">\n'
         f"<title>{title}</title>\n<style>\n{STYLE}\n{DIAGRAM_STYLE}\n{STRIP_STYLE}\n</style>\n</head>\n<body>\n<main>\n"
-        f'<header><p class="eyebrow">{counted(len(records), "run")} of continual learning</p>'
+        f'<header><p class="eyebrow">{counted(len(records), "run")}{learning}</p>'
         f"<h1>{title}</h1>{contents}</header>\n{sections}{pictures_section(pictures or {})}\n"
         f"<footer>{_made_with(records)}</footer>\n</main>\n</body>\n</html>\n"
     )
@@ -158,11 +161,12 @@ def _protocol(rows: Sequence[Row]) -> str:
 
 def _headline(rows: Sequence[Row]) -> str:
     records = [record for row in rows for record in row.records]
-    more = {n: title for n, title in _BESIDES.items() if any(run.metrics.get(n) is not None for run in records)}
     measure = measure_of(records)
-    shown = {name: _measured(title, measure) for name, title in _HEADLINE.items()} | more
-    lower = "Forgetting and calibration error are" if "ece" in more else "Forgetting is"
-    parts = [f'<p class="say">In percent. {lower} better when lower, the others when higher.</p>']
+    titles = {name: _measured(title, measure) for name, title in _HEADLINE.items()} | _BESIDES
+    shown = {n: title for n, title in titles.items() if any(run.metrics.get(n) is not None for run in records)}
+    lower = " and ".join(_LOWER[name] for name in shown if name in _LOWER).capitalize()
+    better = f" {lower} {'are' if ' and ' in lower else 'is'} better when lower, the others when higher."
+    parts = [f'<p class="say">In percent.{better if lower else ""}</p>']
     if any(len(row.records) > 1 for row in rows):
         body = []
         for row in rows:

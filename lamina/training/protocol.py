@@ -21,7 +21,7 @@ def protocol(
         precision: of the frozen tower.
     """
     return {
-        "kind": "joint" if learner.at_once else stream.kind,
+        "kind": "joint" if learner.at_once else _kind(stream),
         **kind.protocol(),
         **stream.details,
         **({"online": "one pass"} if run.online else {}),
@@ -39,6 +39,10 @@ def protocol(
         **_test_batch(learner.model.transductive, run.eval_batch),
         "skipped_images": stream.skipped,
     }
+
+
+def _kind(stream: Stream) -> str:
+    return "one task" if len(stream) == 1 and stream.kind == "class-incremental" else stream.kind
 
 
 def _test_batch(transductive: bool, size: int) -> dict[str, str | int]:

@@ -251,12 +251,12 @@ def test_scenes_show_all_digits_and_are_the_same_every_time():
     first = digit_scenes()
     assert list(first.classes) == ["background", "zero", "one", "two", "three", "four", "five", "six", "seven",
                                    "eight", "nine"]  # fmt: skip
-    assert (len(first.train), len(first.test)) == (400, 100)
-    assert first.train.pixels.shape == (400, 3, 64, 64)
+    assert (len(first.train), len(first.test)) == (1000, 200)
+    assert first.train.pixels.shape == (1000, 3, 64, 64)
     for half in (first.train, first.test):
         shown = np.bincount(half.masks.ravel(), minlength=11) / half.masks.size
         assert len(shown) == 11 and shown.min() > 0.005 and 0.6 < shown[0] < 0.9
-    assert len({scene.tobytes() for scene in first.train.pixels} | {s.tobytes() for s in first.test.pixels}) == 500
+    assert len({scene.tobytes() for scene in first.train.pixels} | {s.tobytes() for s in first.test.pixels}) == 1200
     digit_scenes.cache_clear()
     assert digit_scenes().train.fingerprint == first.train.fingerprint != first.test.fingerprint
 

@@ -119,6 +119,16 @@ def test_the_headline_shows_means_and_every_run(mixed):
     assert "joint 0 7 94.5 – – – 99.2" in text
 
 
+def test_what_no_run_has_is_no_column(seeds, make_record):
+    """One task forgets nothing, so a page about one task neither asks for forgetting nor calls it continual."""
+    text = text_of(report([make_record([[0.9]], test_sizes=[9], classes=[["ant", "bee"]])]))
+    assert "orgetting" not in text and "Backward transfer" not in text and "continual" not in text
+    assert "In percent. Method Seed Order Accuracy" in text
+    several = text_of(report(seeds))
+    assert "In percent. Forgetting is better when lower, the others when higher." in several
+    assert f"{len(seeds)} runs of continual learning" in several
+
+
 def test_the_protocol_stands_above_the_numbers(mixed):
     text = text_of(report(mixed))
     protocol = "kind class-incremental tasks 4 test batch independent skipped images 0"
