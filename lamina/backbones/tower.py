@@ -275,8 +275,9 @@ class Tower(nn.Module):
         if tokens is None:
             return x, None
         if self.slots is None:
-            cut = x.shape[1] - tokens.shape[1]
-            return x[:, :cut], x[:, cut:]
+            # backward, a split writes one sequence where two slices write and add two
+            before, behind = x.split([x.shape[1] - tokens.shape[1], tokens.shape[1]], dim=1)
+            return before, behind
         return x, x[:, self.slots]
 
 

@@ -13,7 +13,7 @@ from lamina.backbones.splice import PromptPass, Splice
 from lamina.backbones.tower import Tower
 from lamina.errors import UnsupportedBackbone
 from lamina.prompts.deep import DropoutMode, LearnedTokens, ending
-from lamina.prompts.recurrent import Carrier, Carry, carrier_of
+from lamina.prompts.recurrent import Carrier, Carry, Chain, carrier_of
 from lamina.prompts.spatial import Coding, coded
 
 
@@ -126,16 +126,23 @@ class LongTermPass(PromptPass):
 
     Attributes:
         cells: (B, M, D) each, of the last step; numbers that are the same for all images before the first.
+        sets: of each block, (M, D), or (B, M, D) with a mask for each image.
+        prepared: what each set but the first gives the carrier in front of its block.
     """
 
     def __init__(self, prompts: LongTermPrompts) -> None:
         super().__init__()
         self.prompts = prompts
         self.cells: tuple[Tensor, ...] | None = None
+        self.sets: Sequence[Tensor] = ()
+        self.prepared: Sequence[Tensor] = ()
 
     def at(self, layer: int, tokens: Tensor, carried: Tensor | None) -> Splice:
         prompts, batch = self.prompts, tokens.shape[0]
-        given = prompts.shown(max(layer, prompts.layers[0]), batch)
+        if not self.sets:
+            self.sets = [prompts.shown(max(place, prompts.layers[0]), batch) for place in range(prompts.depth)]
+            self.prepared, self.chain = self._prepared(self.sets[1:]), Chain(tokens.dtype)
+        given = self.sets[layer]
         if not layer:
             travels = prompts.hears and prompts.carrier(1) is not None and prompts.depth > 1
             return Splice(tokens=given.expand(batch, -1, -1)) if travels else Splice(context=given)
@@ -143,14 +150,15 @@ class LongTermPass(PromptPass):
         if carrier is None:
             return Splice(context=given if prompts.spatial == "none" else given + self._told(tokens, given))
         if not prompts.hears:  # beside others prompts may travel all the same
-            return Splice(context=self._step(carrier, given, self._hidden(tokens, None, given)))
+            return Splice(context=self._step(carrier, layer, self._hidden(tokens, None, given)))
         assert carried is not None  # tokens travel wherever there is a carrier that hears of them
-        entering = self._step(carrier, given, self._hidden(tokens, carried, given))
+        entering = self._step(carrier, layer, self._hidden(tokens, carried, given))
         return Splice(tokens=entering) if layer < prompts.depth - 1 else ending(entering)
 
     def _told(self, tokens: Tensor, prompts: Tensor) -> Tensor:
         """Return what is told of the patches of a sequence (B, N, D), for prompts (M, D) or (B, M, D)."""
-        patches = tokens[:, self.prompts.first_patch :]
+        before = self.prompts.first_patch
+        patches = tokens.split([before, tokens.shape[1] - before], dim=1)[1]
         return coded(patches, prompts.expand(tokens.shape[0], -1, -1), self.prompts.spatial)
 
     def _hidden(self, tokens: Tensor, carried: Tensor | None, given: Tensor) -> Tensor:
@@ -166,10 +174,17 @@ class LongTermPass(PromptPass):
             hidden = hidden + self._told(tokens, given if carried is None else hidden)
         return F.layer_norm(hidden, hidden.shape[-1:], eps=1e-6) if self.prompts.hidden_norm else hidden
 
-    def _step(self, carrier: Carrier, given: Tensor, hidden: Tensor) -> Tensor:
+    def _prepared(self, sets: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return what sets of prompts give the carriers behind their blocks; a shared one gets all at once."""
+        carriers = [self.prompts.carrier(layer) for layer in range(1, len(sets) + 1)]
+        if len({*carriers}) == 1 and carriers[0] is not None:
+            return carriers[0].prepared(torch.stack(list(sets))).unbind(0)
+        return [each if own is None else own.prepared(each) for own, each in zip(carriers, sets, strict=True)]
+
+    def _step(self, carrier: Carrier, layer: int, hidden: Tensor) -> Tensor:
         if self.cells is None:
             first = self.prompts.first_cells
             empty = hidden.new_zeros(carrier.cells, *hidden.shape[1:])
             self.cells = tuple((empty if first is None else first).unbind(0))
-        out, self.cells = carrier(carrier.prepared(given), hidden, self.cells)
+        out, self.cells = carrier(self.prepared[layer - 1], hidden, self.cells, self.chain)
         return out

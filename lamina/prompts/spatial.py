@@ -37,9 +37,10 @@ def coded(patches: Tensor, prompts: Tensor, how: Coding) -> Tensor:
     Raises:
         ConfigError: when there are to be more clusters than patches.
     """
-    patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
+    precise = torch.promote_types(patches.dtype, torch.float32)
     if how == "mean":
-        return patches.mean(1, keepdim=True)
+        return patches.sum(1, keepdim=True, dtype=precise) / patches.shape[1]
+    patches = patches.to(precise)
     size, count = patches.shape[1], prompts.shape[1]
     if count > size:
         raise ConfigError(

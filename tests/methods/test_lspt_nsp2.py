@@ -139,9 +139,9 @@ def test_weights_of_the_hidden_state_could_move_unseen_by_old_images_and_by_no_o
     prompts, states = beside(roomy), []
     forward = LSTM.forward
 
-    def note(lstm, prepared, hidden, cells):
+    def note(lstm, prepared, hidden, cells, chain):
         states.append(hidden.flatten(0, 1))
-        return forward(lstm, prepared, hidden, cells)
+        return forward(lstm, prepared, hidden, cells, chain)
 
     with monkeypatch.context() as patch:
         patch.setattr(LSTM, "forward", note)

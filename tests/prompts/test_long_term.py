@@ -14,7 +14,7 @@ from lamina.errors import UnsupportedBackbone
 from lamina.methods.lspt import LSPT
 from lamina.prompts.deep import DeepPrompts
 from lamina.prompts.long_term import LongTermPrompts
-from lamina.prompts.recurrent import GRU, LSTM, TransformerLayer
+from lamina.prompts.recurrent import GRU, LSTM, Chain, TransformerLayer
 from lamina.prompts.spatial import coded
 from tests.backbones.clips import tiny_clip
 from tests.prompts.sequences import by_hand, drawn, entering_of, gradients, images, near, tower64
@@ -124,7 +124,7 @@ def test_a_carrier_of_its_own_behind_each_block_is_that_block_s():
     def step(layer, given, hidden):  # the memory goes from one to the next
         lstm = prompts.carriers[layer - 1]
         before = cells[-1] if cells else (torch.zeros(4, 24).double(),)
-        out, after = lstm(lstm.prepared(given), hidden, before)
+        out, after = lstm(lstm.prepared(given), hidden, before, Chain(torch.float64))
         cells.append(after)
         return out
 
@@ -133,7 +133,8 @@ def test_a_carrier_of_its_own_behind_each_block_is_that_block_s():
 
 
 def _step(lstm, given, hidden):
-    return lstm(lstm.prepared(given), hidden, (torch.zeros(4, 24).double(),) * lstm.cells)[0]
+    cells = (torch.zeros(4, 24).double(),) * lstm.cells
+    return lstm(lstm.prepared(given), hidden, cells, Chain(torch.float64))[0]
 
 
 def test_memory_may_start_at_learned_numbers_that_start_at_zero():
@@ -156,17 +157,51 @@ def test_what_the_input_gives_the_gates_is_computed_once_for_a_batch_and_is_exac
 
     monkeypatch.setattr(LSTM, "prepared", count)
     got = features_of(prompts)
-    assert shapes == [(4, 24)] * 2  # L - 1 calls, of prompts of the whole batch
-    monkeypatch.setattr(LSTM, "prepared", lambda self, given: prepared(self, given.expand(5, -1, -1)))
+    assert shapes == [(2, 4, 24)]  # one call, of the L - 1 sets of the whole batch
+    monkeypatch.setattr(
+        LSTM, "prepared", lambda self, given: torch.stack([prepared(self, each.expand(5, -1, -1)) for each in given])
+    )
     near(features_of(prompts), got)
 
 
 def test_masks_of_each_image_reach_what_carries_and_shared_ones_are_prepared_once(monkeypatch):
     shapes, prepared = [], LSTM.prepared
     monkeypatch.setattr(LSTM, "prepared", lambda self, x: shapes.append(tuple(x.shape)) or prepared(self, x))
-    for mode, shape in (("per_sample", (5, 4, 24)), ("shared", (4, 24))):
+    for mode, shape in (("per_sample", (2, 5, 4, 24)), ("shared", (2, 4, 24))):
         features_of(prompts_of(dropout=0.3, dropout_mode=mode))
-        assert shapes[-2:] == [shape] * 2
+        assert shapes.pop() == shape and not shapes
+
+
+def chained(product, weight):
+    """Three steps, each of what the one before gave: the last, and gradients to the start and the weights, twice."""
+    start, weight = (x.detach().clone().requires_grad_() for x in (drawn(5, 4, 6).to(weight.dtype), weight))
+    out = start
+    for _ in range(3):
+        out = product(out, weight).tanh()
+    ends = [(out * drawn(5, 4, 6, seed=seed).to(out.dtype)).sum() for seed in (3, 4)]
+    return out.detach(), *(g for end in ends for g in torch.autograd.grad(end, [start, weight], retain_graph=True))
+
+
+def test_products_of_a_chain_are_products_and_their_gradients_are_summed():
+    weight = drawn(6, 6, seed=1)
+    for ours, theirs in zip(chained(Chain(torch.float64).product, weight), chained(F.linear, weight), strict=True):
+        near(ours, theirs)
+
+
+def test_a_chain_multiplies_in_the_precision_of_the_tower_and_what_is_learned_keeps_its_own():
+    weight = drawn(6, 6, seed=1).float() / 3
+    for ours, theirs in zip(chained(Chain(torch.bfloat16).product, weight), chained(F.linear, weight), strict=True):
+        assert ours.dtype == torch.float32 and not torch.equal(ours, theirs)
+        assert (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_weights_of_a_chain_that_are_not_learned_get_no_gradient_and_let_it_through():
+    start, weight = drawn(5, 4, 6).requires_grad_(), drawn(6, 6, seed=1)
+    ours, theirs = (
+        torch.autograd.grad(f(f(start, weight), weight).sum(), start)[0]
+        for f in (Chain(torch.float64).product, F.linear)
+    )
+    near(ours, theirs)
 
 
 def test_the_input_and_the_hidden_state_are_not_mistaken_for_each_other():
