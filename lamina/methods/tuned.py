@@ -93,8 +93,8 @@ class Tuned(Settings):
     def descent(self, slow: Iterable[nn.Parameter] = (), by: float = 1.0) -> Callable[[list[nn.Parameter]], Optimizer]:
         """Return what makes the optimizer: a group for each of the two rates, with and without decay."""
         kind: Any = {
-            "sgd": partial(torch.optim.SGD, momentum=0.9),
-            "adamw": partial(torch.optim.AdamW, eps=1e-6),
+            "sgd": partial(torch.optim.SGD, momentum=0.9, fused=True),
+            "adamw": partial(torch.optim.AdamW, eps=1e-6, fused=True),
         }[self.optimizer]
 
         def make(parameters: list[nn.Parameter]) -> Optimizer:
