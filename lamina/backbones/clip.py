@@ -72,7 +72,7 @@ class ClipImageTower(Tower):
         self.width, self.depth = side.class_embedding.shape[0], len(self.stack)
         self.features = self.width if side.proj is None else side.proj.shape[1]
         self.size: tuple[int, int] = side.image_size
-        self.patch_size = self.patches.weight[0].numel()
+        self.patch_count, self.patch_size = len(self.positions) - 1, self.patches.weight[0].numel()
         self.dtype, self.normed, self.joint = dtype, True, True
         self.to(dtype)
         self.freeze()

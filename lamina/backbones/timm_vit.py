@@ -94,7 +94,7 @@ class TimmTower(Tower):
         self.fingerprint = fingerprint(model)
         if type(model).forward_head is VisionTransformer.forward_head and model.global_pool == "token":
             self.readout = slice(0, 1)
-        self.first_patch = model.num_prefix_tokens
+        self.first_patch, self.patch_count = model.num_prefix_tokens, model.patch_embed.num_patches
         self.patch_size = 3 * math.prod(model.patch_embed.patch_size)
         self.dtype, self.normed, self.fresh = dtype, True, False
         self.pooling: Pooling | None = None  # as timm pools

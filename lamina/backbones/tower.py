@@ -58,6 +58,7 @@ class Tower(nn.Module):
         slots: where prompt slots sit: None = appended, a slice = inside the sequence (text towers).
         text: the text side of a CLIP model, whose features live in the same space; None for any other.
         first_patch: the row of the frozen sequence where patches of an image begin; None where there are none.
+        patch_count: how many patches there are of an image of the size that the tower takes; None where there are none.
         patch_size: how many numbers each of them is embedded from: 3 x height x width; None where there are none.
         learned: names of the parameters that training moves; none, unless the tower was made by `tuned`.
     """
@@ -72,6 +73,7 @@ class Tower(nn.Module):
     slots: slice | None = None
     text: TextSide | None = None
     first_patch: int | None = None
+    patch_count: int | None = None
     patch_size: int | None = None
     learned: frozenset[str] = frozenset()
 

@@ -14,7 +14,7 @@ from lamina.backbones.tower import Tower
 from lamina.errors import UnsupportedBackbone
 from lamina.prompts.deep import DropoutMode, LearnedTokens, ending
 from lamina.prompts.recurrent import Carrier, Carry, Chain, carrier_of
-from lamina.prompts.spatial import Coding, coded
+from lamina.prompts.spatial import Coding, check_clusters, coded
 
 
 class LongTermPrompts(LearnedTokens):
@@ -91,12 +91,15 @@ class LongTermPrompts(LearnedTokens):
 
         Raises:
             UnsupportedBackbone: when they are to be told of patches, and the tower has none.
+            ConfigError: when there are to be more clusters than patches.
         """
         if tower.first_patch is None and options.get("spatial", "mean") != "none":
             raise UnsupportedBackbone(
                 f"prompts are told of patches, and a {type(tower).__name__} has none: take an image tower, or "
                 "spatial='none'"
             )
+        if options.get("spatial") == "kmeans" and tower.patch_count is not None:
+            check_clusters(length, tower.patch_count)
         heads, first = tower.blocks()[0].heads, tower.first_patch or 0
         return cls(tower.depth, length, tower.width, heads=heads, first_patch=first, **options)
 

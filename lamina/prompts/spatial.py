@@ -41,15 +41,24 @@ def coded(patches: Tensor, prompts: Tensor, how: Coding) -> Tensor:
     if how == "mean":
         return patches.sum(1, keepdim=True, dtype=precise) / patches.shape[1]
     patches = patches.to(precise)
-    size, count = patches.shape[1], prompts.shape[1]
-    if count > size:
-        raise ConfigError(
-            f"spatial=kmeans tells each prompt of a cluster of its own, and images here have {size} patches for "
-            f"{count} prompts; take length={size} or less, or spatial=mean"
-        )
+    count = prompts.shape[1]
+    check_clusters(count, patches.shape[1])
     means = cluster_means(patches, clusters(patches, count), count)
     order = alike(prompts, means)
     return means.gather(1, order[..., None].expand(-1, -1, means.shape[-1]))
+
+
+def check_clusters(prompts: int, patches: int) -> None:
+    """Make sure that there are patches enough for a cluster for each prompt.
+
+    Raises:
+        ConfigError: when there are not.
+    """
+    if prompts > patches:
+        raise ConfigError(
+            f"spatial=kmeans tells each prompt of a cluster of its own, and images here have {patches} patches for "
+            f"{prompts} prompts; take length={patches} or less, or spatial=mean"
+        )
 
 
 @torch.no_grad()

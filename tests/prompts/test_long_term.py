@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lamina.backbones import tower as engine
 from lamina.backbones.timm_vit import TimmTower
-from lamina.errors import UnsupportedBackbone
+from lamina.errors import ConfigError, UnsupportedBackbone
 from lamina.methods.lspt import LSPT
 from lamina.prompts.deep import DeepPrompts
 from lamina.prompts.long_term import LongTermPrompts
@@ -423,3 +423,13 @@ def test_patches_begin_behind_class_token_and_registers():
     tower = TimmTower.create("vit_tiny_patch16_224", reg_tokens=4, **sizes)
     assert LongTermPrompts.behind(tower, 3).first_patch == 5
     assert LongTermPrompts.behind(tiny_clip(), 3).first_patch == 1
+
+
+def test_more_prompts_than_patches_are_refused_before_anything_is_learned():
+    sizes = {"img_size": (24, 32), "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    for tower in (TimmTower.create("vit_tiny_patch16_224", reg_tokens=4, **sizes), tiny_clip()):
+        there = tower.embed(torch.zeros(1, 3, *getattr(tower, "size", (24, 32))))[0].shape[1] - tower.first_patch
+        assert len(LongTermPrompts.behind(tower, there, spatial="kmeans").value(0)) == there
+        with pytest.raises(ConfigError, match=f"images here have {there} patches for {there + 1} prompts; "):
+            LongTermPrompts.behind(tower, there + 1, spatial="kmeans")
+        assert len(LongTermPrompts.behind(tower, there + 1).value(0)) == there + 1
