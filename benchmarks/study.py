@@ -60,9 +60,17 @@ class Variant(NamedTuple):
         words = [f"lamina run {self.method} --stream {self.stream} --seed {seed}"]
         words += [
             f"--{name.replace('_', '-')}" if value is True else f"--set {name}={json.dumps(value)}"
-            for name, value in {**self.run, **self.settings}.items()
+            for name, value in _flat({**self.run, **self.settings})
         ]
         return " ".join(words)
+
+
+def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield settings as `--set` takes them: one within another by both names."""
+    for name, value in values.items():
+        yield from (
+            ((f"{name}.{inner}", each) for inner, each in value.items()) if isinstance(value, dict) else [(name, value)]
+        )
 
 
 def key(record: Mapping[str, Any]) -> str:

@@ -64,6 +64,8 @@ def _mean(values: list[float]) -> str:
 
 CELLS = {
     "accuracy": Cell("accuracy (%)", lambda run: run.metrics["accuracy"]),
+    "miou": Cell("mIoU (%)", lambda run: run.metrics["accuracy"]),
+    "pixels": Cell("pixel accuracy (%)", lambda run: run.metrics["pixel_accuracy"]),
     "task-aware": Cell("task-aware accuracy (%)", lambda run: run.metrics["accuracy_task_aware"]),
     "forgetting": Cell("forgetting (%)", lambda run: run.metrics["forgetting"]),
     "average": Cell("average accuracy (%)", lambda run: run.metrics["average_accuracy"]),
@@ -96,6 +98,7 @@ STUDIES = {
 EXPERIMENTS = {  # of a study, whose tables show something else
     "clip/ablation": ("accuracy", "average", "forgetting", "ece", "novel", "training"),
     "clip/samples": ("accuracy", "ece", "novel", "training", "evaluation"),
+    "lspt/pixels": ("miou", "pixels", "training", "memory", "learned"),
     "clip/memory": ("accuracy", "average", "bwt", "transfer", "ece", "novel", "learned"),
 }
 NAMES = ("null-space", "prompt-pools", "clip", "clap", "transfer")
