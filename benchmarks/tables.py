@@ -151,7 +151,7 @@ def experiment(values: Mapping[str, Any], name: str, columns: Sequence[str], mor
             found = [value for run in runs.values() if (value := CELLS[column].value(run)) is not None]
             cells.append(CELLS[column].show(found) if found else "–")
         lines.append(f"| {row['name']} | {' | '.join(cells)} | {len(runs)} |")
-    below = [f"Not yet run: {', '.join(waiting)}."] * bool(waiting) + [caption(used)] * bool(used)
+    below = [f"Not yet run: {'; '.join(waiting)}."] * bool(waiting) + [caption(used)] * bool(used)
     return "\n\n".join(["\n".join(lines)] * bool(used) + below) + "\n"
 
 

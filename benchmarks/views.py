@@ -142,7 +142,7 @@ def transfer(values: Mapping[str, Any]) -> str:
             count = listed(len(records) for records in found.values())
             said.append(f"| {name} | {' | '.join(cells)} | {count} |")
         missing = [name for name in values["names"] if name not in {row["name"] for row in here}]
-        said += ["", f"Not yet run: {', '.join(missing)}.", ""] if missing else [""]
+        said += ["", f"Not yet run: {'; '.join(missing)}.", ""] if missing else [""]
     runs = [run for row in rows for run in row["records"]]
     shared = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values["shared"].items())
     commits = listed(f"`{run['commit']}`" for run in runs)

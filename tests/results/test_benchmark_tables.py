@@ -151,8 +151,8 @@ def test_runs_of_another_stream_or_protocol_are_not_those_of_a_variant(call, mak
         row, _, waiting = text.splitlines()[3:6]
         return row.split(" | ")[0].strip("| "), row.rstrip(" |")[-1], waiting
 
-    assert lines(run) == ("here", "1", "Not yet run: elsewhere, online.")
-    assert lines(online) == ("online", "1", "Not yet run: here, elsewhere.")
+    assert lines(run) == ("here", "1", "Not yet run: elsewhere; online.")
+    assert lines(online) == ("online", "1", "Not yet run: here; elsewhere.")
 
 
 def test_a_run_from_before_a_setting_was_there_is_one_with_its_default(call, make_record, tmp_path):
@@ -166,7 +166,7 @@ def test_a_run_from_before_a_setting_was_there_is_one_with_its_default(call, mak
     values = {"experiments": {"parts": rows}, "records": [run.as_dict()]}
     (tmp_path / "null-space.json").write_text(json.dumps(values))
     _, text, _ = call(None, readme="<!-- table: null-space/parts -->\n<!-- /table -->\n")
-    assert text.splitlines()[3].endswith("| 1 |") and "\nNot yet run: other, shorter.\n" in text
+    assert text.splitlines()[3].endswith("| 1 |") and "\nNot yet run: other; shorter.\n" in text
 
 
 def test_a_study_takes_runs_from_other_files_that_it_names(call, make_record, tmp_path):
@@ -300,7 +300,7 @@ def test_transfer_has_a_table_for_each_stream_and_a_column_for_each_backbone(cal
         "|---|---:|---:|---:|---:|---:|---:|",
         "| LSPT | 60.0 ± 14.1 | 25.0 ± 0.0 | 1,200 | 10 | 700 | 2 |",
         "",
-        "Not yet run: linear, full.",
+        "Not yet run: linear; full.",
         "",
         "`many`:",
         "",
@@ -308,7 +308,7 @@ def test_transfer_has_a_table_for_each_stream_and_a_column_for_each_backbone(cal
         "|---|---:|---:|---:|---:|---:|---:|",
         "| linear | 50.0 ± 0.0 | – | 1,200 | 10 | 700 | 2 |",
         "",
-        "Not yet run: LSPT, full.",
+        "Not yet run: LSPT; full.",
         "",
         "Mean ± sample standard deviation over n seeds of one choice of the rate; epochs 10; a chip; commit `07b52d9`.",
     ]
