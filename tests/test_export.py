@@ -35,8 +35,9 @@ PIXELS = {"size": 32, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)}
 TEMPERATURE = 2.5
 CHEAP = {"epochs": 1, "batch_size": 9, "length": 5}
 
-#: the first with three blocks, the others with one, which is much faster; one in bfloat16, one in newer operators
-METHODS = ["vpt-nsp2", "vpt-deep", "linear-probe", "nearest-mean"]
+#: the first two with three blocks, the others with one, which is much faster; one in bfloat16, one in newer operators
+DEEP = ["vpt-nsp2", "lspt"]
+METHODS = [*DEEP, "vpt-deep", "linear-probe", "nearest-mean"]
 DTYPES, OPSETS = {"vpt-deep": torch.bfloat16}, {"nearest-mean": 20}
 
 
@@ -48,7 +49,7 @@ def small_tower(dtype=torch.float32):
 
 
 def tower_for(name, dtype=torch.float32):
-    tower = make_tiny_vit(dtype) if name == "vpt-nsp2" else small_tower(dtype)
+    tower = make_tiny_vit(dtype) if name in DEEP else small_tower(dtype)
     for key, value in tower.named_parameters():
         if key.endswith("bias"):  # they begin at zero, where a lost one would not show
             value.data.normal_(std=0.3)
