@@ -119,6 +119,12 @@ def test_lines_of_a_list_that_say_something_else_are_counted(command, tmp_path):
     )
 
 
+def test_a_family_says_who_is_in_it(command, tmp_path):
+    code, out, errors = command("data", "check", "fgvc-NAME", tmp_path)
+    assert (code, out) == (2, "")
+    assert errors == ["lamina: fgvc-NAME stands for one of fgvc-cub, fgvc-nabirds, fgvc-flowers, fgvc-dogs, fgvc-cars"]
+
+
 def test_scenes_of_digits_need_nothing(command, tmp_path):
     assert command("data", "check", "segment-digits", tmp_path) == (
         0,
@@ -155,4 +161,6 @@ def test_what_is_downloaded_is_told_and_looked_at(command, tmp_path, monkeypatch
     assert out.endswith("what was found can be used\n") and "7 training, 3 validation, 6 test" in out
     assert command("data", "get", "vtab-dtd", tmp_path) == (0, out, []), "once is enough"
     code, out, errors = command("data", "get", "fgvc-dogs", tmp_path)
-    assert (code, errors) == (2, []) and "lamina does not download it" in out
+    assert (code, errors) == (2, []) and out.count("lamina does not download") == 1
+    code, out, errors = command("data", "get", "ade20k", tmp_path)
+    assert (code, errors) == (2, []) and out.startswith("note: lamina does not download ade20k\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 #: what a process says when it was asked to stop and can be resumed ("try again", in sysexits.h)
 STOPPED = 75
+
+#: what of a recipe a command has said already
+_OF_RECIPES = ("version", "method", "stream", "backbone")
 
 app = typer.Typer(
     help="Let a pre-trained vision model keep learning: new classes arrive, the old images are gone.",
@@ -87,6 +90,15 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the values of a recipe as `--set` takes them, those of the method by their own names."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from ((inner if name == "settings" else f"{name}.{inner}", each) for inner, each in value.items())
+        else:
+            yield name, value
+
+
 def note_recipe(run: RunSettings, used: Path | None, asked: bool) -> None:
     """Tell people which recipe a run starts from, or that the one for its method and stream is not for its backbone."""
     from lamina.config import read_toml
@@ -94,7 +106,9 @@ def note_recipe(run: RunSettings, used: Path | None, asked: bool) -> None:
 
     there = RECIPES / run.method / f"{run.stream.name}.toml"
     if used is not None:
-        note(f"recipe {used.parent.name}/{used.name}" + (f": {run.settings}" if run.settings else ""))
+        values = {name: value for name, value in read_toml(used).items() if name not in _OF_RECIPES}
+        said = ", ".join(f"{name} {value}" for name, value in _flat(values))
+        note(f"recipe {used.parent.name}/{used.name}" + (f": {said}" if said else ""))
     elif asked and there.exists():
         note(
             f"recipe {run.method}/{there.name} is for {read_toml(there)['backbone']} and is left out; settings that "

@@ -179,9 +179,13 @@ def _open(path: Path) -> Image.Image:
 
 def _read(path: Path, *, colour: bool) -> np.ndarray:
     with _open(path) as file:
+        if not colour and file.mode not in ("L", "P"):
+            raise DataError(
+                f"{path} is an image of mode {file.mode}; a label map has one byte for each pixel (mode L or P)"
+            )
         try:
-            # a map may be a palette image; its indices are the labels
-            return np.asarray(rgb(file) if colour else file if file.mode in ("L", "P") else file.convert("L"), np.uint8)
+            # of a palette image, the indices are the labels
+            return np.asarray(rgb(file) if colour else file, np.uint8)
         except (OSError, ValueError) as error:
             raise DataError(_sentence(path, error)) from None
 

@@ -133,6 +133,11 @@ def named_stream(name: str) -> tuple[NamedStream, str]:
         return row, unescaped(path)
     if name not in STREAMS:
         families = [f"{family}-NAME" for family in FAMILIES]
+        if name in families:
+            begins = name.removesuffix("NAME")
+            raise ConfigError(
+                f"{name} stands for one of {', '.join(each for each in TRANSFER if each.startswith(begins))}"
+            )
         shown = [*(STREAMS.keys() - TRANSFER.keys()), *families]
         raise ConfigError(unknown("stream", name, STREAMS, shown=shown))
     return STREAMS[name], ""

@@ -64,11 +64,11 @@ class LSPT(Tuned):
     freeze_after_first: bool = Field(False, description="learn prompts from the first task alone")
 
     def idle(self) -> dict[str, str]:
-        used = {"dropout_mode": self.dropout > 0, "hidden_norm": self.carry != "none"}
-        used |= dict.fromkeys(("shared", "recurrent_rate"), self.carry != "none")
-        used["hears"] = self.hears or self.carry != "none"  # only the control can be asked for in vain
-        used |= dict.fromkeys(("carriers", "forget_bias", "learn_cell"), self.carry == "lstm")
-        return {name: "with carry and dropout as they are" for name, on in used.items() if not on}
+        carried = () if self.carry == "lstm" else ("carriers", "forget_bias", "learn_cell")
+        if self.carry == "none":
+            carried += ("shared", "recurrent_rate", "hidden_norm", *(() if self.hears else ("hears",)))
+        idle = dict.fromkeys(carried, f"with carry={self.carry}")
+        return idle if self.dropout else idle | {"dropout_mode": "with dropout=0"}
 
     def prompts_for(self, tower: Tower) -> LongTermPrompts:
         """Return new prompts for a tower.

@@ -78,4 +78,4 @@ def test_an_image_that_is_cut_short_is_noticed(ade20k_archive):
 
 def test_scenes_of_digits_need_nothing_and_are_looked_at(tmp_path):
     found = DENSE["segment-digits"](tmp_path)
-    assert (found.wrong, found.classes, found.roles) == ([], 11, {"training": 400, "test": 100})
+    assert (found.wrong, found.classes, found.roles) == ([], 11, {"training": 1000, "test": 200})

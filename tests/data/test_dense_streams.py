@@ -353,6 +353,23 @@ def test_what_is_wrong_with_the_archive_is_said_in_one_line(archive, tmp_path):
     assert one_line(raised).startswith(f"ade20k was not found; looked for {tmp_path}/nowhere/ADEChallengeData2016, ")
 
 
+def test_a_map_with_colours_is_refused_and_one_with_a_palette_is_read_by_its_indices(archive):
+    place = archive / "annotations" / "training" / "ADE_training_0.png"
+    indices = np.arange(600, dtype=np.uint8).reshape(20, 30) % 150 + 1
+    grey = Image.fromarray(indices)
+    painted = Image.fromarray(indices)
+    painted.putpalette(range(256))
+    for image in (grey, painted):
+        image.save(place)
+        assert labelled(ade(archive).tasks[0].train.images, 0)[3].tolist() == (indices - 1).tolist()
+    grey.convert("RGB").save(place)
+    with pytest.raises(DataError) as raised:
+        labelled(ade(archive).tasks[0].train.images, 0)
+    assert one_line(raised) == (
+        f"{place} is an image of mode RGB; a label map has one byte for each pixel (mode L or P)"
+    )
+
+
 def test_a_label_beyond_150_is_refused_when_it_is_read(archive):
     place = archive / "annotations" / "training" / "ADE_training_0.png"
     Image.fromarray(np.full((20, 30), 151, np.uint8)).save(place)

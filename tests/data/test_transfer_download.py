@@ -184,7 +184,7 @@ def test_what_nobody_downloads_is_told_with_where_it_belongs(tmp_path, online):
     (wrong,) = got("vtab-sun397", tmp_path).wrong
     assert "lamina does not download it. What belongs there: vtab-1k/sun397" in wrong and online == []
     (wrong,) = check("vtab-pets", tmp_path).wrong
-    assert "`lamina data get vtab-pets` downloads it. What belongs there: vtab-1k/oxford_iiit_pet" in wrong
+    assert f"`lamina data get vtab-pets {tmp_path}` downloads it. What belongs there: vtab-1k/oxford_iiit_pet" in wrong
 
 
 def test_a_folder_that_was_unpacked_in_part_is_left_and_this_is_said(tmp_path, few, online):

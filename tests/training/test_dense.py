@@ -351,6 +351,12 @@ def test_a_backbone_of_another_size_reads_windows_of_its_own(few_scenes, tmp_pat
         ),
         (
             "segment-digits",
+            {"settings": {"head": "cosine"}},
+            "head=cosine changes nothing where pixels are told apart, since a decoder takes the head's place; leave it "
+            "out",
+        ),
+        (
+            "segment-digits",
             {"augmentation": "pad-crop-flip"},
             "no transform of images with label maps is called 'pad-crop-flip'; did you mean 'crop-flip'? Known: "
             "crop-flip, crop-flip-color, plain",

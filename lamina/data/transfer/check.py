@@ -63,6 +63,8 @@ def got(name: str, root: Path, begun: Callable[[], None] = lambda: None) -> Chec
         DataError: when it could not be downloaded.
     """
     found = check(name, root)
+    if name not in DOWNLOADS and found.wrong and not any("does not download" in each for each in found.wrong):
+        found.remarks.append(f"lamina does not download {name}")
     if not found.wrong or name not in DOWNLOADS:
         return found
     begun()

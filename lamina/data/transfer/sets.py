@@ -89,7 +89,11 @@ def missing(dataset: TransferSet, root: Path, looked: Sequence[Path]) -> DataErr
     """Return the error for a data set that is not there: what, where it was looked for, the next move."""
     places = ", ".join(printable(str(place)) for place in looked)
     known = dataset.name in DOWNLOADS
-    how = f"`lamina data get {dataset.name}` downloads it" if known else "lamina does not download it"
+    how = (
+        f"`lamina data get {dataset.name} {printable(str(root))}` downloads it"
+        if known
+        else "lamina does not download it"
+    )
     return DataError(
         f"{dataset.name} was not found; looked for {places}; {how}. What belongs there: "
         f"{dataset.layout}; or name another folder: --data DIR (`lamina data` takes DIR alone) or LAMINA_DATA"
