@@ -193,9 +193,10 @@ def headline(records: Sequence[Record], columns: Sequence[str] = COLUMNS) -> lis
 def usual_columns(records: Sequence[Record]) -> list[str]:
     """Return the columns to show where none are asked for: the usual ones, and what some runs measured besides."""
     measured = {"transfer": ("transfer", "ece"), "novel_auroc": ("novel_auroc",), **{name: (name,) for name in PIXELS}}
-    more = [names for name, names in measured.items() if any(run.metrics.get(name) is not None for run in records)]
+    there = {name for run in records for name, value in run.metrics.items() if value is not None}
     usual = COLUMNS if measure_of(records) == "accuracy" else COLUMNS[:1]
-    return [*usual, *(name for names in more for name in names)]
+    more = (name for first, names in measured.items() if first in there for name in names)
+    return [*(name for name in usual if name in there or name == COLUMNS[0]), *more]
 
 
 def measure_of(records: Sequence[Record]) -> str:

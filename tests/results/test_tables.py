@@ -5,7 +5,16 @@ import dataclasses
 import pytest
 
 from lamina.errors import ConfigError
-from lamina.results.tables import aggregate, headline, percent, protocol_line, to_csv, to_latex, to_markdown
+from lamina.results.tables import (
+    aggregate,
+    headline,
+    percent,
+    protocol_line,
+    to_csv,
+    to_latex,
+    to_markdown,
+    usual_columns,
+)
 
 
 def changed(record, **changes):
@@ -178,3 +187,10 @@ def test_markdown_cannot_be_broken_by_a_name(record):
 @pytest.mark.parametrize(("fraction", "text"), [(-0.0004, "0.0"), (-0.0006, "-0.1"), (0.9996, "100.0")])
 def test_percent_has_no_negative_zero(fraction, text):
     assert percent(fraction) == text
+
+
+def test_columns_that_no_run_has_are_left_out(make_record):
+    one = make_record([[0.9]], test_sizes=[9], classes=[["ant", "bee"]])
+    assert usual_columns([one]) == ["accuracy", "average_accuracy"]
+    assert usual_columns([one, make_record()]) == ["accuracy", "forgetting", "average_accuracy", "bwt"]
+    assert usual_columns([make_record([[0.9]], finished=False)])[0] == "accuracy"
