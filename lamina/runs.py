@@ -171,7 +171,8 @@ def resumable(folder: Path) -> RunSettings:
         ResumeError: when there is none.
     """
     if not (folder / SETTINGS).exists():
-        below = sorted(file.parent for file in folder.rglob(SETTINGS))
+        # as deep as transfer puts runs, and no deeper: the folder may be anybody's
+        below = sorted(file.parent for depth in (1, 2, 3) for file in folder.glob("*/" * depth + SETTINGS))
         move = f"name one that lies below it, as {below[0]}" if below else "start one with `lamina run`"
         raise ResumeError(f"{folder} holds no run: there is no {SETTINGS} in it; {move}")
     values = read_toml(folder / SETTINGS)
