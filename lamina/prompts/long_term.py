@@ -144,7 +144,8 @@ class LongTermPass(PromptPass):
         prompts, batch = self.prompts, tokens.shape[0]
         if not self.sets:
             self.sets = [prompts.shown(max(place, prompts.layers[0]), batch) for place in range(prompts.depth)]
-            self.prepared, self.chain = self._prepared(self.sets[1:]), Chain(tokens.dtype)
+            self.chain = Chain(tokens.dtype)
+            self.prepared = self._prepared(self.sets[1:])
         given = self.sets[layer]
         if not layer:
             travels = prompts.hears and prompts.carrier(1) is not None and prompts.depth > 1
@@ -181,8 +182,10 @@ class LongTermPass(PromptPass):
         """Return what sets of prompts give the carriers behind their blocks; a shared one gets all at once."""
         carriers = [self.prompts.carrier(layer) for layer in range(1, len(sets) + 1)]
         if len({*carriers}) == 1 and carriers[0] is not None:
-            return carriers[0].prepared(torch.stack(list(sets))).unbind(0)
-        return [each if own is None else own.prepared(each) for own, each in zip(carriers, sets, strict=True)]
+            return carriers[0].prepared(torch.stack(list(sets)), self.chain).unbind(0)
+        return [
+            each if own is None else own.prepared(each, self.chain) for own, each in zip(carriers, sets, strict=True)
+        ]
 
     def _step(self, carrier: Carrier, layer: int, hidden: Tensor) -> Tensor:
         if self.cells is None:

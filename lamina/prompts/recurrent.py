@@ -81,8 +81,8 @@ class Carrier(nn.Module):
 
     cells: int = 0
 
-    def prepared(self, prompts: Tensor) -> Tensor:
-        """Return what prompts (..., M, D) decide by themselves."""
+    def prepared(self, prompts: Tensor, chain: Chain) -> Tensor:
+        """Return what prompts (..., M, D) decide by themselves; `chain` is that of the steps to come."""
         return prompts
 
     def forward(
@@ -118,15 +118,15 @@ class LSTM(Carrier):
                 nn.init.zeros_(cell.bias_hh[width : 2 * width])
         self.steps = nn.ModuleList(cells)
 
-    def prepared(self, prompts: Tensor) -> Tensor:
-        return _inputs(cast(nn.LSTMCell, self.steps[0]), prompts)
+    def prepared(self, prompts: Tensor, chain: Chain) -> Tensor:
+        return _inputs(cast(nn.LSTMCell, self.steps[0]), prompts, chain)
 
     def forward(
         self, prepared: Tensor, hidden: Tensor, cells: tuple[Tensor, ...], chain: Chain
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         out, after, steps = hidden, [], cast(list[nn.LSTMCell], list(self.steps))
         for number, (step, cell) in enumerate(zip(steps, cells, strict=True)):
-            given = _inputs(step, out) if number else prepared
+            given = _inputs(step, out, chain) if number else prepared
             enter, forget, new, leave = (given + chain.product(hidden, step.weight_hh)).chunk(4, dim=-1)
             cell = forget.sigmoid() * cell + enter.sigmoid() * new.tanh()
             out = leave.sigmoid() * cell.tanh()
@@ -134,9 +134,9 @@ class LSTM(Carrier):
         return out, tuple(after)
 
 
-def _inputs(step: nn.LSTMCell, x: Tensor) -> Tensor:
+def _inputs(step: nn.LSTMCell, x: Tensor, chain: Chain) -> Tensor:
     """Return what an input (..., D) and both biases give the gates of an LSTM: (..., 4 D)."""
-    return F.linear(x, step.weight_ih, step.bias_ih + step.bias_hh)
+    return chain.product(x, step.weight_ih) + (step.bias_ih + step.bias_hh)
 
 
 class GRU(Carrier):
@@ -150,8 +150,8 @@ class GRU(Carrier):
         super().__init__()
         self.step = nn.GRUCell(width, width)
 
-    def prepared(self, prompts: Tensor) -> Tensor:
-        return F.linear(prompts, self.step.weight_ih, self.step.bias_ih)
+    def prepared(self, prompts: Tensor, chain: Chain) -> Tensor:
+        return chain.product(prompts, self.step.weight_ih) + self.step.bias_ih
 
     def forward(
         self, prepared: Tensor, hidden: Tensor, cells: tuple[Tensor, ...], chain: Chain

@@ -124,7 +124,7 @@ def test_a_carrier_of_its_own_behind_each_block_is_that_block_s():
     def step(layer, given, hidden):  # the memory goes from one to the next
         lstm = prompts.carriers[layer - 1]
         before = cells[-1] if cells else (torch.zeros(4, 24).double(),)
-        out, after = lstm(lstm.prepared(given), hidden, before, Chain(torch.float64))
+        out, after = lstm(lstm.prepared(given, Chain(torch.float64)), hidden, before, Chain(torch.float64))
         cells.append(after)
         return out
 
@@ -133,8 +133,8 @@ def test_a_carrier_of_its_own_behind_each_block_is_that_block_s():
 
 
 def _step(lstm, given, hidden):
-    cells = (torch.zeros(4, 24).double(),) * lstm.cells
-    return lstm(lstm.prepared(given), hidden, cells, Chain(torch.float64))[0]
+    cells, chain = (torch.zeros(4, 24).double(),) * lstm.cells, Chain(torch.float64)
+    return lstm(lstm.prepared(given, chain), hidden, cells, chain)[0]
 
 
 def test_memory_may_start_at_learned_numbers_that_start_at_zero():
@@ -151,22 +151,24 @@ def test_what_the_input_gives_the_gates_is_computed_once_for_a_batch_and_is_exac
     prompts, shapes = prompts_of(), []
     prepared = LSTM.prepared
 
-    def count(self, given):
+    def count(self, given, chain):
         shapes.append(tuple(given.shape))
-        return prepared(self, given)
+        return prepared(self, given, chain)
 
     monkeypatch.setattr(LSTM, "prepared", count)
     got = features_of(prompts)
     assert shapes == [(2, 4, 24)]  # one call, of the L - 1 sets of the whole batch
     monkeypatch.setattr(
-        LSTM, "prepared", lambda self, given: torch.stack([prepared(self, each.expand(5, -1, -1)) for each in given])
+        LSTM, "prepared", lambda self, given, chain: prepared(self, given[:, None].expand(-1, 5, -1, -1), chain)
     )
     near(features_of(prompts), got)
 
 
 def test_masks_of_each_image_reach_what_carries_and_shared_ones_are_prepared_once(monkeypatch):
     shapes, prepared = [], LSTM.prepared
-    monkeypatch.setattr(LSTM, "prepared", lambda self, x: shapes.append(tuple(x.shape)) or prepared(self, x))
+    monkeypatch.setattr(
+        LSTM, "prepared", lambda self, x, chain: shapes.append(tuple(x.shape)) or prepared(self, x, chain)
+    )
     for mode, shape in (("per_sample", (2, 5, 4, 24)), ("shared", (2, 4, 24))):
         features_of(prompts_of(dropout=0.3, dropout_mode=mode))
         assert shapes.pop() == shape and not shapes
