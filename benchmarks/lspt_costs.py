@@ -4,8 +4,8 @@
 
 Steps (forward, loss, backward, SGD), in turn in one process on one thread, as multiples of the bare tower's forward
 and backward down to the input of block 0; medians of ratios of processor time (see `speed.py`). ViT-B/16 with random
-weights, 8 images of 224 pixels; vit-nano's size, 64 images of 64 pixels. What is learned is in float32 whatever the
-tower is in, so an LSTM costs more beside a tower in bfloat16 on a processor that multiplies in it.
+weights, 8 images of 224 pixels; vit-nano's size, 64 images of 64 pixels. Weights that are learned are in
+float32 whatever the tower is in; what an LSTM multiplies is in the tower's precision.
 """
 
 from __future__ import annotations
