@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from lamina.console import PlainProgress
 from lamina.errors import ConfigError
 from lamina.registry import method_class
+from lamina.results.tables import flatten
 from lamina.runs import complete, plan
 from lamina.storage import write_whole
 
@@ -60,17 +61,9 @@ class Variant(NamedTuple):
         words = [f"lamina run {self.method} --stream {self.stream} --seed {seed}"]
         words += [
             f"--{name.replace('_', '-')}" if value is True else f"--set {name}={json.dumps(value)}"
-            for name, value in _flat({**self.run, **self.settings})
+            for name, value in flatten({**self.run, **self.settings}).items()
         ]
         return " ".join(words)
-
-
-def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield settings as `--set` takes them: one within another by both names."""
-    for name, value in values.items():
-        yield from (
-            ((f"{name}.{inner}", each) for inner, each in value.items()) if isinstance(value, dict) else [(name, value)]
-        )
 
 
 def key(record: Mapping[str, Any]) -> str:

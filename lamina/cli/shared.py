@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -90,24 +90,17 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the values of a recipe as `--set` takes them, those of the method by their own names."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from ((inner if name == "settings" else f"{name}.{inner}", each) for inner, each in value.items())
-        else:
-            yield name, value
-
-
 def note_recipe(run: RunSettings, used: Path | None, asked: bool) -> None:
     """Tell people which recipe a run starts from, or that the one for its method and stream is not for its backbone."""
     from lamina.config import read_toml
+    from lamina.results.tables import flatten
     from lamina.runs import RECIPES
 
     there = RECIPES / run.method / f"{run.stream.name}.toml"
     if used is not None:
         values = {name: value for name, value in read_toml(used).items() if name not in _OF_RECIPES}
-        said = ", ".join(f"{name} {value}" for name, value in _flat(values))
+        own = values.pop("settings", {})  # of the method: `--set` takes them by their own names
+        said = ", ".join(f"{name} {value}" for name, value in flatten(values | own).items())
         note(f"recipe {used.parent.name}/{used.name}" + (f": {said}" if said else ""))
     elif asked and there.exists():
         note(
